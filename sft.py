@@ -1,0 +1,167 @@
+"""Supervised fine-tuning (SFT): the diffusion loss on pairs (lq, hq), and the training that made weights/.
+
+  z_t  = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps,   z0 = encode(hq, lq),  eps ~ N(0, I),  t uniform
+  loss = mean over C, H, W of (target - network(z_t, t, lq))^2
+  target = eps (Ho et al. 2020, arXiv 2006.11239, eq. 14), z0, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) z0
+           (Salimans and Ho 2022, arXiv 2202.00512)
+
+Notation: z0, eps, z_t, output (B, C, h, w); alpha_bar_t (B,) for abar_t; lq, hq (B, 3, H, W) in [-1, 1].
+
+Chosen here:
+ 1. The loss is returned per sample, (B,), because the combined loss of rl.py weighs samples one by one.
+ 2. One-cycle learning rate and an exponential moving average (EMA) of the weights; the average is what is saved.
+
+    python sft.py --task sr                                     # laptop: makes runs/sft_sr/model, about 15 minutes
+    python sft.py --task sr --data DIR --device cuda --batch 256 --steps 200000 --size 128
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+
+def add_noise(z0, eps, alpha_bar_t):
+    """z_t for clean z0 and noise eps, (B, C, h, w) each; alpha_bar_t (B,)."""
+    a = alpha_bar_t.view(-1, *[1] * (z0.ndim - 1))
+    return a.sqrt() * z0 + (1 - a).sqrt() * eps
+
+
+def diffusion_loss(output, z0, eps, alpha_bar_t, prediction_type):
+    """Squared error of a network output, mean over C, H, W -> (B,). Raises ValueError for an unknown type."""
+    a = alpha_bar_t.view(-1, *[1] * (z0.ndim - 1))
+    if prediction_type == "epsilon":
+        target = eps
+    elif prediction_type == "sample":
+        target = z0
+    elif prediction_type == "v_prediction":
+        target = a.sqrt() * eps - (1 - a).sqrt() * z0
+    else:
+        raise ValueError(f"prediction type {prediction_type!r}: expected epsilon, sample or v_prediction")
+    return ((output.float() - target) ** 2).flatten(1).mean(1)
+
+
+def sft_loss(restorer, lq, hq, generator):
+    """Diffusion loss of a restorer on pairs (B, 3, H, W), at random times and noise from `generator` -> (B,)."""
+    z0 = restorer.encode(hq, lq)
+    # stratified times: one from each of B equal slices, which lowers the variance of the batch at no cost
+    slots = (torch.randperm(len(lq), generator=generator) + torch.rand(len(lq), generator=generator)) / len(lq)
+    alphas = restorer.scheduler.alphas_cumprod
+    t = (slots * len(alphas)).long().clamp(max=len(alphas) - 1)
+    a, t = alphas[t].to(lq.device), t.to(lq.device)
+    eps = torch.randn(z0.shape, generator=generator).to(lq.device)
+    output = restorer.predict(add_noise(z0, eps, a), t, lq)
+    return diffusion_loss(output, z0, eps, a, restorer.scheduler.config.prediction_type)
+
+
+def one_cycle(step, total, peak, warmup=0.1):
+    """Learning rate at `step` of `total`: a cosine up from peak/25 during the first tenth, then down to 0
+    (after Smith and Topin 2018, arXiv 1708.07120)."""
+    rise = max(1, int(warmup * total))
+    if step < rise:
+        return peak / 25 + (peak - peak / 25) * (1 - math.cos(math.pi * step / rise)) / 2
+    return peak * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise))) / 2
+
+
+@dataclass
+class Config:
+    # what
+    task: Annotated[str, "degradation, a key of data.TASKS"] = "sr"
+    model: Annotated[str, "folder of a restorer to start from; empty: the small pixel restorer, random weights"] = ""
+    data: Annotated[str, "folder of photographs; empty: those inside scikit-image and matplotlib"] = ""
+    out: Annotated[str, "folder of the run; empty: runs/sft_TASK"] = ""
+    seed: Annotated[int, "seed of weights, crops, noise"] = 0
+    # optimization
+    steps: Annotated[int, "optimizer steps"] = 2400
+    batch: Annotated[int, "pairs per step"] = 32
+    size: Annotated[int, "side of a crop in pixels"] = 64
+    lr: Annotated[float, "peak learning rate of AdamW"] = 1e-3
+    ema: Annotated[float, "decay of the weight average per step"] = 0.995
+    max_grad_norm: Annotated[float, "gradient norms above this are scaled down"] = 1.0
+    # running
+    resume: Annotated[bool, "go on from the last checkpoint in --out"] = False
+    save_every: Annotated[int, "steps between checkpoints"] = 400
+    store: Annotated[str, "dtype of the saved weights: float32, or float16 for half the size"] = "float32"
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
+    dtype: Annotated[str, "float32, bfloat16 or float16: the network's arithmetic"] = "bfloat16"
+
+
+def train(cfg):
+    """Runs the SFT stage. Leaves config.json, metrics.csv, curves.png, before_after.png, model/ in cfg.out."""
+    from tqdm import tqdm
+
+    from data import get_task, grid_crops, photographs, random_crops
+    from eval import evaluate, save_curves, save_grid
+    from model import DTYPES, PixelRestorer, load
+    from utils import (UserError, generator, load_checkpoint, pick_device, save_checkpoint, write_json, write_rows)
+
+    # set-up
+    out, device, degrade = Path(cfg.out or f"runs/sft_{cfg.task}"), pick_device(cfg.device), get_task(cfg.task)
+    for name in (cfg.dtype, cfg.store):
+        if name not in DTYPES:
+            raise UserError(f"--dtype/--store {name}: unknown; choose one of {', '.join(DTYPES)}")
+    photos = photographs("train", cfg.data)
+    restorer = (load(cfg.model, device, cfg.dtype) if cfg.model
+                else PixelRestorer.create(seed=cfg.seed).to(device, DTYPES[cfg.dtype]))
+    restorer.defaults["task"] = cfg.task
+    params = [p for p in restorer.net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=cfg.lr)
+    average = torch.optim.swa_utils.AveragedModel(
+        restorer.net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.ema))
+    crops, noise = generator(cfg.seed, 1), generator(cfg.seed, 2)
+    modules, generators, start, rows = {"net": restorer.net, "average": average}, {"crops": crops, "noise": noise}, 0, []
+    if cfg.resume and (out / "checkpoint.safetensors").exists():
+        info = load_checkpoint(out / "checkpoint.safetensors", modules, optimizer, generators)
+        start, rows = info["step"], info["rows"]
+    elif cfg.resume:
+        raise UserError(f"--resume: no checkpoint in {out}; start without it")
+    write_json(out / "config.json", asdict(cfg))
+
+    # training
+    restorer.net.train()
+    for step in (bar := tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="sft")):
+        hq = random_crops(photos, cfg.batch, cfg.size, crops).to(device)
+        loss = sft_loss(restorer, degrade(hq, crops), hq, noise).mean()
+        for group in optimizer.param_groups:
+            group["lr"] = one_cycle(step, cfg.steps, cfg.lr)
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm)
+        if not torch.isfinite(grad_norm):
+            raise UserError(f"step {step}: the gradient is not finite; lower --lr or use --dtype float32")
+        optimizer.step()
+        average.update_parameters(restorer.net)
+        if step % 10 == 9 or step + 1 == cfg.steps:
+            rows.append({"step": step + 1, "loss": loss.item(), "grad_norm": grad_norm.item(),
+                         "lr": optimizer.param_groups[0]["lr"]})
+            bar.set_postfix({k: f"{v:.3g}" for k, v in rows[-1].items() if k != "step"})
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            save_checkpoint(out / "checkpoint.safetensors", modules, optimizer, generators,
+                            {"step": step + 1, "rows": rows})
+            write_rows(out / "metrics.csv", rows)
+
+    # results: the averaged weights, on validation photographs
+    restorer.net.load_state_dict(average.module.state_dict())
+    restorer.net.eval()
+    restorer.save(out / "model", DTYPES[cfg.store])
+    hq = grid_crops(photographs("val", cfg.data), 64, cfg.size, generator(cfg.seed, 3))[0].to(device)
+    lq = degrade(hq, generator(cfg.seed, 4))
+    scores, restored = evaluate(restorer, lq, hq, {}, restorer.defaults["steps"], restorer.defaults["eta"], [0])
+    baseline, _ = evaluate(None, lq, hq, {}, 0, 0, [0])
+    save_curves(out / "curves.png", rows, "step", ["loss", "grad_norm", "lr"])
+    save_grid(out / "before_after.png", {"lq": lq[:8], "restored": restored[:8], "hq": hq[:8]})
+    for name, row in (("lq", baseline), ("restored", scores)):
+        print(f"validation {name:9s} psnr_y {row['psnr_y'].mean():.2f} dB   ssim {row['ssim'].mean():.4f}")
+    print(f"wrote {out}/model, curves.png, before_after.png")
+
+
+def main():
+    from utils import parse
+    train(parse(Config, description="Supervised fine-tuning with the diffusion loss."))
+
+
+if __name__ == "__main__":
+    from utils import run_main
+    run_main(main)
