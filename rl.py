@@ -1,0 +1,409 @@
+"""Reinforcement learning of a diffusion restorer with an IQA reward, weighed against SFT by difficulty.
+
+Implements "Enhancing Diffusion-based Restoration Models via Difficulty-Adaptive Reinforcement Learning with IQA
+Reward" (arXiv 2511.01645). One iteration, i a sample, k a denoising step, theta_old the weights that sampled:
+
+  1 rollout     z_T .. z_0 for each lq with stochastic DDIM; keep z_t, z_{t-1}, log p_old           sample.rollout
+  2 reward      r_i = M(x_hat_i), or r_ik = M(decode(x0_hat(z_{t-1}))) for every k-th step          reward.py
+  3 advantage   A = (r - mean(history_i)) / (std(history_i) + delta)                                difficulty.py
+  4 difficulty  d_i from ground truth, w_i = sigmoid(k (d_i - m) / s)                               difficulty.py
+  5 update      L = mean_i [w_i L_RL,i + (1 - w_i) lambda L_SFT,i] + beta KL(p_theta || p_ref)
+                L_RL,i = max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  rho = exp(log p_theta - log p_old)
+                KL     = ||mu_theta - mu_ref||^2 / (2 sigma_t^2), mean over C, H, W
+The paper's exact equations are not public: README marks what is the paper's and what is our reconstruction.
+
+Chosen here:
+ 1. log p is a mean over C, H, W (sample.py), so that clip_range is of the order 1e-3, not 0.2.
+ 2. A micro-batch is one step k of the same samples that were sampled together: the same arithmetic gives the same
+    log p, so rho is exactly 1 before the first optimizer step of an iteration, in any dtype.
+ 3. Only steps with sigma_t > 0 enter; `updates` optimizer steps share one rollout, each with its own part of the steps.
+ 4. The reward is capped at the ground truth's own score: to be judged better than a real photograph is no merit.
+ 5. lambda controls itself (--fidelity-budget, FidelityController): the balance of the two gradients decides between
+    no progress and reward hacking, and no constant suits two seeds.
+ 6. What is evaluated and saved is a running average of the weights over the optimizer steps.
+
+    python rl.py --task sr                                                              # laptop, a few minutes
+    python rl.py --task sr --data ~/DIV2K_train_HR --device cuda --inputs 64 --iterations 500 --pool 4096
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+
+# ---- losses: per-sample tensors in, (loss, info) out ----
+
+def policy_loss(log_prob, old_log_prob, advantage, clip_range):
+    """Clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7): all (B,) -> (loss (B,), info).
+
+    The ratio is of mean log-densities, so one unit of log_prob is one nat per dimension and clip_range about 1e-3.
+    """
+    ratio = (log_prob - old_log_prob).exp()
+    loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
+    with torch.no_grad():
+        info = {"clip_frac": ((ratio - 1).abs() > clip_range).float().mean(),
+                "approx_kl": 0.5 * ((log_prob - old_log_prob) ** 2).mean(),
+                "ratio_error": (ratio - 1).abs().max()}
+    return loss, info
+
+
+def kl_to_reference(mean, ref_mean, sigma_t):
+    """KL between two Gaussians of one sigma_t (B,) > 0: ||mean - ref_mean||^2 / (2 sigma_t^2), mean over C, H, W -> (B,)."""
+    return ((mean - ref_mean) ** 2).flatten(1).mean(1) / (2 * sigma_t ** 2)
+
+
+def combined_loss(rl, sft, kl, weight, sft_coef, kl_coef):
+    """mean_i [w_i rl_i + (1 - w_i) sft_coef sft_i] + kl_coef mean_i kl_i; all (B,), coefficients floats -> (loss, info)."""
+    loss = (weight * rl + (1 - weight) * sft_coef * sft).mean() + kl_coef * kl.mean()
+    return loss, {"rl_loss": rl.mean().detach(), "sft_loss": sft.mean().detach(), "kl": kl.mean().detach()}
+
+
+class FidelityController:
+    """Holds the fidelity lost to RL at a budget, by the SFT coefficient: a Lagrange multiplier under PI control.
+
+    drop = PSNR-Y in dB of the SFT restorer minus that of the present one, on the same inputs.
+      e = clip(drop - budget, -limit, limit)
+      I <- clip(I + ki e, -span, span)
+      sft_coef = base exp(kp e + I)
+    Dual ascent is the integral alone; it answers late and oscillates. The proportional term damps it (Stooke et al.
+    2020, arXiv 2007.03964). budget < 0: off, the coefficient stays `base`.
+    """
+
+    def __init__(self, base, budget, kp=6.0, ki=1.5, limit=0.5, span=5.0):
+        self.base, self.budget, self.kp, self.ki, self.limit, self.span = base, budget, kp, ki, limit, span
+        self.integral, self.coef = 0.0, base
+
+    def update(self, drop):
+        if self.budget >= 0:
+            error = max(-self.limit, min(self.limit, drop - self.budget))
+            self.integral = max(-self.span, min(self.span, self.integral + self.ki * error))
+            self.coef = self.base * math.exp(self.kp * error + self.integral)
+        return self.coef
+
+
+@dataclass
+class Config:
+    # what
+    task: Annotated[str, "degradation, a key of data.TASKS"] = "sr"
+    model: Annotated[str, "folder of the SFT restorer to start from; empty: weights/TASK"] = ""
+    reward: Annotated[str, "judge, mllm:FOLDER, psnr, psnr_y, ssim, pyiqa:NAME"] = "judge"
+    data: Annotated[str, "folder of photographs; empty: those inside scikit-image and matplotlib"] = ""
+    out: Annotated[str, "folder of the run; empty: runs/TASK"] = ""
+    seed: Annotated[int, "seed of inputs, sampler and losses"] = 0
+    # rollout
+    iterations: Annotated[int, "rounds of rollout and update"] = 30
+    inputs: Annotated[int, "lq images per iteration"] = 16
+    samples_per_input: Annotated[int, "restorations of each"] = 4
+    pool: Annotated[int, "training inputs that recur; the memory keeps a history of each"] = 96
+    size: Annotated[int, "side of a training crop in pixels"] = 64
+    steps: Annotated[int, "DDIM steps; 0: as the SFT restorer was trained"] = 0
+    eta: Annotated[float, "stochasticity, > 0; -1: as the SFT restorer was trained"] = -1.0
+    # update
+    updates: Annotated[int, "optimizer steps per rollout"] = 2
+    train_steps: Annotated[int, "denoising steps drawn for the update in each iteration; 0: all"] = 6
+    micro_batch: Annotated[int, "samples in memory at once"] = 64
+    lr: Annotated[float, "learning rate of AdamW"] = 1e-4
+    clip_range: Annotated[float, "of the ratio of mean log-densities"] = 2e-3
+    kl_coef: Annotated[float, "beta, weight of the KL to the SFT restorer"] = 0.01
+    average: Annotated[float, "decay per optimizer step of the averaged weights that are saved; 0: the last weights"] = 0.9
+    # RL against SFT
+    weight: Annotated[str, "baseline, running, or fixed:W (fixed:0 is pure SFT, fixed:1 pure RL)"] = "baseline"
+    distance: Annotated[str, "of difficulty: iqa_gap, mse or ssim"] = "iqa_gap"
+    sft_coef: Annotated[float, "lambda, weight of the SFT loss; the first value if a budget controls it"] = 0.05
+    fidelity_budget: Annotated[float, "PSNR-Y in dB that RL may cost on its inputs; -1: off, lambda stays"] = 0.1
+    reward_mode: Annotated[str, "final, step, or step:K (every K-th denoising step is judged)"] = "final"
+    # running
+    resume: Annotated[bool, "go on from the last checkpoint in --out"] = False
+    save_every: Annotated[int, "iterations between checkpoints and between looks at validation images"] = 5
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
+    dtype: Annotated[str, "float32, bfloat16 or float16: the network's arithmetic"] = "bfloat16"
+
+
+def check(cfg):
+    """Raises UserError for settings that cannot work, before anything is loaded or written."""
+    from difficulty import Difficulty
+    from reward import UNSAFE
+    from utils import UserError
+    for name in ("iterations", "inputs", "samples_per_input", "pool", "updates", "micro_batch", "save_every"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
+    if cfg.micro_batch % cfg.samples_per_input:
+        raise UserError(f"--micro-batch {cfg.micro_batch}: must be a multiple of --samples-per-input "
+                        f"{cfg.samples_per_input}")
+    if cfg.inputs > cfg.pool:
+        raise UserError(f"--inputs {cfg.inputs}: more than --pool {cfg.pool}; enlarge the pool")
+    if cfg.eta == 0:
+        raise UserError("--eta 0: a deterministic sampler has no log-probabilities to learn from; use 1")
+    if cfg.reward == "judge2":
+        raise UserError("--reward judge2: it is the independent check and never a reward; use judge")
+    if cfg.reward in UNSAFE:
+        raise UserError(f"--reward {cfg.reward}: no reward, {UNSAFE[cfg.reward]}; choose another")
+    if cfg.distance not in ("iqa_gap", "mse", "ssim"):
+        raise UserError(f"--distance {cfg.distance}: unknown; choose iqa_gap, mse or ssim")
+    judged_every(cfg.reward_mode)
+    try:
+        Difficulty(cfg.weight)
+    except ValueError as error:
+        raise UserError(f"--weight: {error}") from None
+
+
+def judged_every(reward_mode):
+    """'final' -> 0, 'step' -> 1, 'step:K' -> K."""
+    from utils import UserError
+    name, _, every = reward_mode.partition(":")
+    if reward_mode in ("final", "step"):
+        return int(reward_mode == "step")
+    if name != "step" or not every.isdigit() or int(every) < 1:
+        raise UserError(f"--reward-mode {reward_mode}: choose final, step or step:K with K at least 1")
+    return int(every)
+
+
+# ---- the phases of an iteration ----
+
+def stepwise_images(restorer, trajectory, lq, every):
+    """The images to judge: {step k: (B, 3, H, W)}, the last step always, others only if every > 0.
+
+    Step k leads to z_{t-1}; the clean image predicted from it is what the next step computed anyway, x0[k + 1].
+    """
+    last = len(trajectory.t) - 1
+    chosen = range(last, -1, -every) if every else [last]
+    return {k: restorer.decode(trajectory.z[-1] if k == last else trajectory.x0[k + 1], lq) for k in chosen}
+
+
+def collect(restorer, judge, lq, hq, cfg, noise):
+    """Rollout and reward for a batch of samples (B, 3, H, W): a dict of what difficulty, advantage and update need."""
+    from reward import psnr_y, ssim
+    from sample import rollout
+    start = time.perf_counter()
+    trajectory = rollout(restorer, lq, cfg.steps, cfg.eta, noise)
+    rolled = time.perf_counter()
+    images = stepwise_images(restorer, trajectory, lq, judged_every(cfg.reward_mode))
+    rewards = {k: judge(image, hq) for k, image in images.items()}
+    last = images[len(trajectory.t) - 1]
+    return {"trajectory": trajectory, "rewards": rewards, "reward": rewards[len(trajectory.t) - 1], "image": last,
+            "psnr_y": psnr_y(last, hq), "ssim": ssim(last, hq), "lq": lq, "hq": hq,
+            "seconds_rollout": rolled - start, "seconds_reward": time.perf_counter() - rolled}
+
+
+def distances(batch, reward_hq, kind):
+    """Distance of each sample of `collect` to its ground truth, (B,); reward_hq (B,) is used by iqa_gap."""
+    from difficulty import iqa_gap, mse, ssim_distance
+    if kind == "iqa_gap":
+        return iqa_gap(batch["reward"], reward_hq)
+    return mse(batch["image"], batch["hq"]) if kind == "mse" else ssim_distance(batch["ssim"])
+
+
+def step_advantages(batch, keys, cap, memory):
+    """Advantages (N, B) of every denoising step; a step that was not judged takes the next judged one's."""
+    from difficulty import advantages
+    count = len(batch["trajectory"].t)
+    result, many = [None] * count, len(batch["rewards"]) > 1
+    for k in range(count - 1, -1, -1):
+        if k in batch["rewards"]:
+            own = [f"{key}:{k}" for key in keys] if many else keys
+            latest = advantages(torch.minimum(batch["rewards"][k], cap), own, memory)
+        result[k] = latest
+    return torch.stack(result)
+
+
+def update(restorer, reference, average, optimizer, batches, cfg, sft_coef, noise):
+    """`cfg.updates` optimizer steps on collected batches. Returns the means of what was logged, and the first ratio error.
+
+    Each optimizer step gets its own part of the drawn denoising steps, a micro-batch is one of them in one batch.
+    """
+    from sample import ddim_step
+    from sft import sft_loss
+    kind, params = restorer.scheduler.config.prediction_type, optimizer.param_groups[0]["params"]
+    usable = batches[0]["trajectory"].stochastic.nonzero().flatten().cpu()
+    drawn = usable[torch.randperm(len(usable), generator=noise)][:cfg.train_steps or None]
+    logs, first = [], None
+    for part in drawn.chunk(min(cfg.updates, len(drawn))):
+        optimizer.zero_grad()
+        for batch in batches:
+            path, lq, hq, weight = batch["trajectory"], batch["lq"], batch["hq"], batch["weight"]
+            for k in part.tolist():
+                a, b = (x.expand(len(lq)) for x in path.alpha_bar[k])
+                t = path.t[k].expand(len(lq))
+                step = ddim_step(restorer.predict(path.z[k], t, lq), path.z[k], a, b, cfg.eta, kind, path.z[k + 1])
+                rl, info = policy_loss(step.log_prob, path.log_prob[k], batch["advantage"][k], cfg.clip_range)
+                with torch.no_grad():
+                    ref = ddim_step(reference.predict(path.z[k], t, lq), path.z[k], a, b, cfg.eta, kind, path.z[k + 1])
+                kl = kl_to_reference(step.mean, ref.mean, step.sigma_t)
+                # one SFT draw per input, shared by its samples: the same expectation at a fraction of the cost
+                sft = sft_loss(restorer, lq[::cfg.samples_per_input], hq[::cfg.samples_per_input], noise)
+                loss, parts = combined_loss(rl, sft.repeat_interleave(cfg.samples_per_input), kl, weight, sft_coef,
+                                            cfg.kl_coef)
+                (loss / (len(part) * len(batches))).backward()
+                first = info["ratio_error"].item() if first is None else first
+                logs.append({key: value.item() for key, value in {**info, **parts, "loss": loss.detach()}.items()})
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+        if not torch.isfinite(grad_norm):
+            from utils import UserError
+            raise UserError("the gradient is not finite; lower --lr or use --dtype float32; --resume goes on from "
+                            "the last checkpoint")
+        logs[-1]["grad_norm"] = grad_norm.item()
+        optimizer.step()
+        average.update_parameters(restorer.net)
+    keys = dict.fromkeys(key for log in logs for key in log)
+    means = {key: sum(log[key] for log in logs if key in log) / sum(key in log for log in logs) for key in keys}
+    return means | {"ratio_error": first}
+
+
+def measure_pool(restorer, judge, pool, cfg, noise, memory, difficulty):
+    """What the SFT restorer does on each training input: its PSNR-Y, the ground truth's reward, first memory and
+    distances. Returns {"psnr_y": [...], "reward_hq": [...]}, a float per input."""
+    from tqdm import tqdm
+    result = {"psnr_y": [], "reward_hq": []}
+    per_batch, repeats = max(1, cfg.micro_batch // cfg.samples_per_input), cfg.samples_per_input
+    for start in tqdm(range(0, cfg.pool, per_batch), desc="baseline", unit="batch"):
+        lq, hq = (x[start:start + per_batch] for x in pool)
+        keys = [str(i) for i in range(start, start + len(lq)) for _ in range(repeats)]
+        reward_hq = judge(hq, hq)
+        batch = collect(restorer, judge, lq.repeat_interleave(repeats, 0), hq.repeat_interleave(repeats, 0), cfg, noise)
+        cap = reward_hq.repeat_interleave(repeats)
+        step_advantages(batch, keys, cap, memory)
+        difficulty.observe(keys, distances(batch, cap, cfg.distance))
+        result["psnr_y"] += batch["psnr_y"].view(-1, repeats).mean(1).tolist()
+        result["reward_hq"] += reward_hq.tolist()
+    difficulty.set_anchor()
+    return result
+
+
+def train(cfg):
+    """Runs the RL stage; see the top of this file. Returns the summary, also written to cfg.out/summary.json."""
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    from tqdm import tqdm
+
+    from data import get_task, photographs, random_crops
+    from difficulty import Difficulty, RewardMemory
+    from eval import evaluate, held_out, save_curves
+    from model import load
+    from reward import load as load_reward
+    from utils import (UserError, generator, load_checkpoint, pick_device, save_checkpoint, write_json, write_rows)
+
+    # set-up
+    check(cfg)
+    out, device, degrade = Path(cfg.out or f"runs/{cfg.task}"), pick_device(cfg.device), get_task(cfg.task)
+    restorer = load(cfg.model, device, cfg.dtype, cfg.task)
+    cfg.steps, cfg.eta = cfg.steps or restorer.defaults["steps"], cfg.eta if cfg.eta > 0 else restorer.defaults["eta"]
+    restorer.defaults |= {"task": cfg.task, "steps": cfg.steps, "eta": cfg.eta}
+    reference, judge = restorer.frozen_copy(), load_reward(cfg.reward, device)
+    params = [p for p in restorer.net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=0.0)
+    average = AveragedModel(restorer.net, multi_avg_fn=get_ema_multi_avg_fn(cfg.average))
+    average.update_parameters(restorer.net)  # the first update copies: the average starts at the SFT weights
+    averaged = restorer.frozen_copy()
+    averaged.net = average.module
+    memory, difficulty = RewardMemory(), Difficulty(cfg.weight)
+    controller = FidelityController(cfg.sft_coef, cfg.fidelity_budget)
+    generators = {name: generator(cfg.seed, 20, i) for i, name in enumerate(("inputs", "rollout", "update"))}
+    fixed = generator(cfg.seed, 21)
+    hq = random_crops(photographs("train", cfg.data), cfg.pool, cfg.size, fixed)
+    pool = (degrade(hq, fixed).to(device), hq.to(device))
+    modules, rows, start = {"net": restorer.net, "average": average}, [], 0
+    watched = held_out(cfg.task, cfg.data, "val", 32, cfg.size, device)[:2]
+    watchers = {"judge": load_reward("judge", device), "judge2": load_reward("judge2", device)}
+
+    def look(candidate):
+        scores = evaluate(candidate, *watched, watchers, cfg.steps, cfg.eta, [0])[0]
+        return {f"val_{key}": scores[key].mean().item() for key in ("judge", "judge2", "psnr_y", "ssim")}
+
+    if cfg.resume:
+        if not (out / "checkpoint.safetensors").exists():
+            raise UserError(f"--resume: no checkpoint in {out}; start without it")
+        info = load_checkpoint(out / "checkpoint.safetensors", modules, optimizer, generators)
+        start, rows, baseline, controller.integral = info["iteration"], info["rows"], info["baseline"], info["integral"]
+        controller.coef = info["sft_coef"]
+        memory.load_state_dict(info["memory"]), difficulty.load_state_dict(info["difficulty"])
+    else:
+        write_json(out / "config.json", asdict(cfg))
+        print("   ".join(f"{key} {value}" for key, value in asdict(cfg).items() if value != ""))
+        baseline = measure_pool(restorer, judge, pool, cfg, generators["rollout"], memory, difficulty)
+        rows = [{"iteration": 0, "distance": sum(difficulty.latest.values()) / cfg.pool} | look(averaged)]
+    psnr_sft, reward_hq = (torch.tensor(baseline[key], device=device) for key in ("psnr_y", "reward_hq"))
+
+    for iteration in (bar := tqdm(range(start, cfg.iterations), initial=start, total=cfg.iterations, desc="rl")):
+        # rollout and reward, in batches that fit into memory
+        chosen = torch.randperm(cfg.pool, generator=generators["inputs"])[:cfg.inputs]
+        batches = []
+        for ids in chosen.split(cfg.micro_batch // cfg.samples_per_input):
+            ids = ids.repeat_interleave(cfg.samples_per_input)
+            batch = collect(restorer, judge, pool[0][ids], pool[1][ids], cfg, generators["rollout"])
+            batches.append(batch | {"keys": [str(i) for i in ids.tolist()], "ids": ids.to(device)})
+
+        # advantage from the memory of each input
+        for batch in batches:
+            batch["cap"] = reward_hq[batch["ids"]]
+            batch["advantage"] = step_advantages(batch, batch["keys"], batch["cap"], memory)
+
+        # difficulty, weights, and the balance between RL and SFT
+        for batch in batches:
+            batch["distance"] = distances(batch, batch["cap"], cfg.distance)
+            difficulty.observe(batch["keys"], batch["distance"])
+        for batch in batches:
+            batch["weight"] = difficulty.weight(batch["distance"])
+        drop = torch.cat([psnr_sft[b["ids"]] - b["psnr_y"] for b in batches]).mean().item()
+        sft_coef = controller.update(drop)
+
+        # update
+        began = time.perf_counter()
+        losses = update(restorer, reference, average, optimizer, batches, cfg, sft_coef, generators["update"])
+
+        # log
+        row = {"iteration": iteration + 1}
+        for key in ("reward", "distance", "weight", "psnr_y", "ssim"):
+            row[key] = torch.cat([b[key] for b in batches]).mean().item()
+        row |= {"psnr_drop": drop, "sft_coef": sft_coef} | losses
+        row |= {key: sum(b[key] for b in batches) for key in ("seconds_rollout", "seconds_reward")}
+        row["seconds_update"] = time.perf_counter() - began
+        done = iteration + 1 == cfg.iterations
+        if (iteration + 1) % cfg.save_every == 0 or done:
+            row |= look(averaged)
+        rows.append(row)
+        bar.set_postfix({k: f"{row[k]:.3f}" for k in ("reward", "distance", "weight", "psnr_drop", "sft_coef")})
+        if (iteration + 1) % cfg.save_every == 0 or done:
+            save_checkpoint(out / "checkpoint.safetensors", modules, optimizer, generators, {
+                "iteration": iteration + 1, "rows": rows, "baseline": baseline, "integral": controller.integral,
+                "sft_coef": controller.coef, "memory": memory.state_dict(), "difficulty": difficulty.state_dict()})
+            write_rows(out / "metrics.csv", rows)
+            save_curves(out / "curves.png", rows, "iteration", [k for k in rows[-1] if k != "iteration"])
+
+    averaged.save(out / "model")
+    return report(cfg, reference, averaged, out, device)
+
+
+def report(cfg, reference, restorer, out, device):
+    """Table, picture and summary.json: the SFT restorer against the new one on held-out test images."""
+    import eval
+    from utils import write_json
+    settings = eval.Config(task=cfg.task, data=cfg.data, size=cfg.size, out=str(out))
+    rows, images, _ = eval.compare({"sft": reference, "rl": restorer}, settings, device)
+    print(eval.format_table(rows))
+    means = {name: {key: eval.mean_se(row[key])[0] if key in row else None
+                    for key in ("judge", "judge2", "psnr_y", "ssim")} for name, row in rows.items()}
+    closed = eval.gap_closed(*(means[name]["judge"] for name in ("rl", "sft", "hq")))
+    print(f"judge gap closed {closed:.0%}   psnr_y {means['rl']['psnr_y'] - means['sft']['psnr_y']:+.2f} dB   "
+          f"ssim {means['rl']['ssim'] - means['sft']['ssim']:+.4f}")
+    write_json(out / "summary.json", means)
+    order = (rows["hq"]["judge"] - rows["sft"]["judge"]).argsort(descending=True)
+    picks = order[torch.linspace(0, len(order) - 1, min(6, len(order))).long()]  # from the hardest to the easiest
+    eval.save_grid(out / "before_after.png", {name: images[name][picks] for name in ("lq", "sft", "rl", "hq")},
+                   {name: [f"judge {rows[name]['judge'][i]:.2f}" + (
+                       f"  {rows[name]['psnr_y'][i]:.1f} dB" if name != "hq" else "") for i in picks]
+                    for name in ("lq", "sft", "rl", "hq")})
+    print(f"wrote {out}: model/, summary.json, metrics.csv, curves.png, before_after.png")
+    return means
+
+
+def main():
+    from utils import parse
+    train(parse(Config, description="Reinforcement learning of a diffusion restorer, weighed against SFT."))
+
+
+if __name__ == "__main__":
+    from utils import run_main
+    run_main(main)

@@ -1,0 +1,148 @@
+"""The combined loss, the control of fidelity, and the loop: ratio 1, a toy reward rises, determinism, resume."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import rl
+from rl import Config, FidelityController, check, combined_loss, kl_to_reference, policy_loss
+from utils import UserError
+
+
+def test_clipped_loss_has_the_right_gradient_sign():
+    old = torch.zeros(4)
+    log_prob = torch.tensor([0.0, 0.0, 0.1, -0.1], requires_grad=True)
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    loss, info = policy_loss(log_prob, old, advantage, 0.01)
+    loss.sum().backward()
+    assert log_prob.grad[0] < 0 < log_prob.grad[1]  # descent makes good samples likelier, bad ones less
+    assert log_prob.grad[2] == log_prob.grad[3] == 0  # already beyond the clip range in the wanted direction
+    assert info["clip_frac"] == 0.5 and info["ratio_error"] == pytest.approx(math.exp(0.1) - 1)
+    wrong, _ = policy_loss(torch.tensor([0.1], requires_grad=True), torch.zeros(1), torch.tensor([-1.0]), 0.01)
+    assert wrong.item() == pytest.approx(math.exp(0.1))  # the wrong direction is never clipped
+
+
+def test_kl_equals_torch_distributions(gen):
+    mean, ref = (torch.randn(3, 2, 4, 4, generator=gen) for _ in range(2))
+    sigma = torch.tensor([0.1, 0.5, 1.0])
+    wide = sigma.view(-1, 1, 1, 1)
+    Normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(Normal(mean, wide), Normal(ref, wide)).mean((1, 2, 3))
+    torch.testing.assert_close(kl_to_reference(mean, ref, sigma), expected)
+    assert (kl_to_reference(mean, mean, sigma) == 0).all()
+
+
+def test_combined_loss_equals_a_loop(gen):
+    part, sft, kl, weight = (torch.rand(5, generator=gen) for _ in range(4))
+    expected = sum(w * a + (1 - w) * 0.3 * b for w, a, b in zip(weight, part, sft)) / 5 + 0.1 * sum(kl) / 5
+    torch.testing.assert_close(combined_loss(part, sft, kl, weight, 0.3, 0.1)[0], expected)
+    assert combined_loss(part, sft, kl, torch.ones(5), 0.3, 0.0)[0] == pytest.approx(part.mean().item())
+
+
+def test_controller_settles_at_the_budget():
+    """A plant with delay: RL pushes the drop up, the SFT term pulls it back in proportion to its coefficient."""
+    def run(kp):
+        controller, velocity, drop, path = FidelityController(0.05, 0.1, kp=kp), 0.0, 0.0, []
+        for _ in range(400):
+            coef = controller.update(drop)
+            velocity += 0.3 * ((0.03 - 0.2 * coef * (1 + drop)) - velocity)
+            drop += velocity
+            path.append(drop)
+        return path
+    damped = run(FidelityController(0, 0).kp)
+    assert abs(damped[-1] - 0.1) < 0.02 and max(damped) < max(run(0.0))
+
+
+def test_controller_off_leaves_the_coefficient():
+    controller = FidelityController(0.05, -1)
+    assert controller.update(3.0) == 0.05
+
+
+@pytest.mark.parametrize("changes, words", (
+    ({"weight": "fixed:3"}, "--weight"), ({"eta": 0.0}, "--eta"), ({"reward": "judge2"}, "--reward"),
+    ({"reward": "pyiqa:piqe"}, "--reward"), ({"reward_mode": "step:0"}, "--reward-mode"), ({"inputs": 999}, "--pool"),
+    ({"micro_batch": 6}, "--micro-batch"), ({"iterations": 0}, "--iterations"), ({"distance": "lpips"}, "--distance")))
+def test_bad_flags_are_named(changes, words):
+    with pytest.raises(UserError, match=words):
+        check(Config(**changes))
+
+
+SMALL = dict(iterations=4, inputs=2, samples_per_input=2, pool=4, size=64, steps=3, train_steps=0, micro_batch=4,
+             save_every=2, dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def run(tmp_path, tiny_restorer, photo_folder, monkeypatch):
+    """Trains a tiny restorer for a few iterations with a toy reward (brightness), without the final report."""
+    tiny_restorer(seed=5).save(tmp_path / "start")
+    import reward
+    real = reward.load
+    monkeypatch.setattr(reward, "load", lambda name, device="cpu": (
+        (lambda images, refs=None: images.mean((1, 2, 3))) if name in ("toy", "judge", "judge2") else real(name, device)))
+    monkeypatch.setattr(rl, "report", lambda *args: None)
+
+    def train(out, **changes):
+        rl.train(Config(**{**SMALL, "model": str(tmp_path / "start"), "data": str(photo_folder), "reward": "toy",
+                           "out": str(tmp_path / out), **changes}))
+        return tmp_path / out
+    return train
+
+
+def weights(folder):
+    return (folder / "model/unet/diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def rows(folder):
+    import csv
+    with open(folder / "metrics.csv") as file:
+        return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("mode", ("final", "step", "step:2"))
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_ratio_is_one_at_the_first_micro_batch(mode, dtype, run):
+    log = rows(run("ratio", reward_mode=mode, dtype=dtype))
+    assert all(row["ratio_error"] <= 1e-5 for row in log[1:])
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in log[1:])
+    assert any(row["approx_kl"] > 0 for row in log[1:])  # later optimizer steps of an iteration do move
+
+
+def test_a_toy_reward_rises(run):
+    log = rows(run("toy", iterations=25, lr=2e-3, weight="fixed:1.0", fidelity_budget=-1.0, kl_coef=0.0, inputs=4,
+                   samples_per_input=4, micro_batch=16, clip_range=0.05, average=0.0, save_every=25))
+    first, last = (sum(row["reward"] for row in part) / 5 for part in (log[1:6], log[-5:]))
+    assert last > first + 0.005
+
+
+def test_same_seed_same_weights_and_another_seed_others(run):
+    assert weights(run("a")) == weights(run("b")) != weights(run("c", seed=1))
+
+
+def test_resumed_run_equals_an_unstopped_one(run, monkeypatch):
+    whole, calls, original = run("whole"), [], rl.update
+
+    def crash_at_fourth(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(*args)
+    monkeypatch.setattr(rl, "update", crash_at_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped")
+    monkeypatch.setattr(rl, "update", original)
+    stopped = run("stopped", resume=True)
+    assert weights(stopped) == weights(whole)
+    keys = [k for k in rows(whole)[-1] if not k.startswith("seconds")]
+    assert [[r[k] for k in keys] for r in rows(stopped)] == [[r[k] for k in keys] for r in rows(whole)]
+    assert json.loads((stopped / "config.json").read_text())["iterations"] == 4
+
+
+def test_resume_without_a_checkpoint_or_with_another_model_is_an_error(run, tiny_restorer, tmp_path):
+    with pytest.raises(UserError, match="--resume"):
+        run("nothing", resume=True)
+    run("done")
+    tiny_restorer(layers_per_block=2).save(tmp_path / "start")
+    with pytest.raises(UserError, match="does not fit"):
+        run("done", resume=True)
