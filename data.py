@@ -173,8 +173,8 @@ def random_crops(photos, count, size, generator, min_detail=0.04):
 
 
 def grid_crops(photos, count, size, generator, min_detail=0.04):
-    """Up to `count` crops (N, 3, size, size) in [-1, 1] for evaluation: disjoint, unscaled, as even over the photographs
-    as they allow, in random order. Returns (crops, names), a name per crop that tells photograph, top and left."""
+    """Up to `count` crops (N, 3, size, size) in [-1, 1] for evaluation: disjoint, unscaled, taken from the photographs
+    in turn. Returns (crops, names), a name per crop that tells photograph, top and left."""
     places = []
     for index in range(len(photos)):
         photo, mine = photos[index], []

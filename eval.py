@@ -11,6 +11,7 @@ Chosen here:
  2. A model is sampled with the steps and the eta it was trained with, unless flags say otherwise.
 
     python eval.py weights/sr runs/sr/model                       # laptop: two restorers in one table and picture
+    python eval.py runs/table/*                                   # runs of rl.py named NAME-SEED: mean over seeds
     python eval.py runs/a/model runs/b/model --data DIR --device cuda --count 1000 --seeds 5
 """
 
@@ -116,6 +117,34 @@ def save_curves(path, rows, x, keys):
         figure.savefig(temporary)
 
 
+def aggregate(folders):
+    """Summaries of runs named NAME-SEED -> Markdown lines, a row per NAME: change from SFT to RL, mean ± standard
+    error over seeds. gap closed is of the first judge. Raises UserError for a folder without a summary."""
+    import json
+
+    from utils import UserError
+    groups = {}
+    for folder in map(Path, folders):
+        try:
+            runs = json.loads((folder / "summary.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: no readable summary.json ({error}); give runs that rl.py has ended") from None
+        sft, rl = runs["sft"], runs["rl"]
+        change = {"gap closed": 100 * gap_closed(rl["judge"], sft["judge"], runs["hq"]["judge"])}
+        change |= {key: rl[key] - sft[key] for key in ("judge", "judge2", "psnr_y", "ssim")}
+        groups.setdefault(folder.name.rsplit("-", 1)[0], []).append(change)
+    lines = ["| run | seeds | gap closed, % | judge | judge2 | PSNR-Y, dB | SSIM |", "|---|---|---|---|---|---|---|"]
+    for name, changes in groups.items():
+        cells = []
+        for key, digits in (("gap closed", 0), ("judge", 3), ("judge2", 3), ("psnr_y", 2), ("ssim", 4)):
+            values = torch.tensor([change[key] for change in changes])
+            spread = f" ± {values.std() / math.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
+            worst = f" ({', '.join(f'{v:.{digits}f}' for v in values)})" if key in ("gap closed", "psnr_y") else ""
+            cells.append(f"{values.mean():+.{digits}f}{spread}{worst}")
+        lines.append(f"| {name} | {len(changes)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 @dataclass
 class Config:
     task: Annotated[str, "degradation, a key of data.TASKS; empty: the first model's"] = ""
@@ -165,10 +194,14 @@ def compare(restorers, cfg, device):
 def main():
     from model import load
     from utils import UserError, parse, pick_device, write_rows
-    cfg, folders = parse(Config, description="Compares saved restorers.", positional="folders of saved restorers")
+    cfg, folders = parse(Config, description="Compares saved restorers, or sums up runs of rl.py.",
+                         positional="folders of saved restorers, or of finished runs of rl.py")
     device = pick_device(cfg.device)
     if not folders:
         raise UserError("no model: give one or more folders of saved restorers, e.g. weights/sr")
+    if all((Path(folder) / "summary.json").exists() for folder in folders):
+        print(aggregate(folders))
+        return
     restorers = {folder: load(folder, device, cfg.dtype) for folder in folders}
     cfg.task = cfg.task or restorers[folders[0]].defaults["task"]
     rows, images, names = compare(restorers, cfg, device)

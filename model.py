@@ -11,7 +11,8 @@ A restorer maps a low-quality image to a distribution over restored images by a 
   save(folder), load(...)      diffusers' folder format, safetensors
 
 The pixel restorer, small enough to train on a laptop:
-  z0 = residual_scale (hq - lq),  image = lq + z / residual_scale,  UNet2DModel on [pixel_unshuffle(z_t), pixel_unshuffle(lq)]
+  z0 = residual_scale (hq - lq),   image = lq + z / residual_scale
+  out = pixel_shuffle(UNet2DModel([pixel_unshuffle(z_t), pixel_unshuffle(lq)], t))
 
 Chosen here:
  1. The latent is the residual, scaled to about unit variance: lq already holds the low frequencies. Measured in a
@@ -72,7 +73,7 @@ class PixelRestorer:
 
     def save(self, folder, dtype=torch.float32):
         """Writes unet/, scheduler/ and restorer.json. dtype: of the stored weights; float16 halves the size."""
-        net = self.net if dtype == torch.float32 else copy.deepcopy(self.net).to(dtype)
+        net = self.net if dtype == torch.float32 else copy.deepcopy(self.net).half()
         net.save_pretrained(Path(folder) / "unet", safe_serialization=True)
         self.scheduler.save_pretrained(Path(folder) / "scheduler")
         from utils import write_json

@@ -258,14 +258,15 @@ JUDGES = {  # judge2 differs in class, size, patch order, training crops and see
     "judge": dict(
         model_type="qwen3_vl", processor="Qwen3VLProcessor", video="Qwen3VLVideoProcessor", seed=1, tie=True,
         vision=dict(depth=3, hidden_size=128, intermediate_size=256, num_heads=4, out_hidden_size=128,
-                    num_position_embeddings=64, deepstack_visual_indexes=[]),
-        text=dict(head_dim=32, rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[6, 5, 5],
-                                                    mrope_interleaved=True))),
+                    num_position_embeddings=64, deepstack_visual_indexes=[], initializer_range=0.1),
+        text=dict(head_dim=32, initializer_range=0.1, rope_parameters=dict(
+            rope_type="default", rope_theta=1e4, mrope_section=[6, 5, 5], mrope_interleaved=True))),
     "judge2": dict(
         model_type="qwen2_5_vl", processor="Qwen2_5_VLProcessor", video="Qwen2VLVideoProcessor", seed=2, tie=True,
         vision=dict(depth=4, hidden_size=112, intermediate_size=256, num_heads=4, out_hidden_size=96, window_size=64,
-                    fullatt_block_indexes=[0, 1, 2, 3]),
-        text=dict(hidden_size=96, rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 4, 4]))),
+                    fullatt_block_indexes=[0, 1, 2, 3], initializer_range=0.1),
+        text=dict(hidden_size=96, initializer_range=0.1, rope_parameters=dict(
+            rope_type="default", rope_theta=1e4, mrope_section=[4, 4, 4]))),
 }
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
            "<|video_pad|>")
@@ -368,7 +369,7 @@ class TrainConfig:
     batch: Annotated[int, "images per step"] = 48
     pool: Annotated[int, "training crops, restored once"] = 2048
     size: Annotated[int, "side of a crop in pixels"] = 64
-    lr: Annotated[float, "peak learning rate of AdamW"] = 1.5e-3
+    lr: Annotated[float, "peak learning rate of AdamW"] = 1e-3
 
 
 def train_judge(cfg):

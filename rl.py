@@ -52,12 +52,13 @@ def policy_loss(log_prob, old_log_prob, advantage, clip_range):
 
 
 def kl_to_reference(mean, ref_mean, sigma_t):
-    """KL between two Gaussians of one sigma_t (B,) > 0: ||mean - ref_mean||^2 / (2 sigma_t^2), mean over C, H, W -> (B,)."""
+    """KL between Gaussians of the same sigma_t (B,) > 0: ||mean - ref_mean||^2 / (2 sigma_t^2), mean over C, H, W;
+    means (B, C, h, w) -> (B,)."""
     return ((mean - ref_mean) ** 2).flatten(1).mean(1) / (2 * sigma_t ** 2)
 
 
 def combined_loss(rl, sft, kl, weight, sft_coef, kl_coef):
-    """mean_i [w_i rl_i + (1 - w_i) sft_coef sft_i] + kl_coef mean_i kl_i; all (B,), coefficients floats -> (loss, info)."""
+    """mean_i [w_i rl_i + (1 - w_i) sft_coef sft_i] + kl_coef mean_i kl_i; tensors (B,) -> (scalar loss, info)."""
     loss = (weight * rl + (1 - weight) * sft_coef * sft).mean() + kl_coef * kl.mean()
     return loss, {"rl_loss": rl.mean().detach(), "sft_loss": sft.mean().detach(), "kl": kl.mean().detach()}
 
@@ -109,7 +110,7 @@ class Config:
     lr: Annotated[float, "learning rate of AdamW"] = 1e-4
     clip_range: Annotated[float, "of the ratio of mean log-densities"] = 2e-3
     kl_coef: Annotated[float, "beta, weight of the KL to the SFT restorer"] = 0.01
-    average: Annotated[float, "decay per optimizer step of the averaged weights that are saved; 0: the last weights"] = 0.9
+    average: Annotated[float, "decay per optimizer step of the weight average that is saved; 0: the last weights"] = 0.9
     # RL against SFT
     weight: Annotated[str, "baseline, running, or fixed:W (fixed:0 is pure SFT, fixed:1 pure RL)"] = "baseline"
     distance: Annotated[str, "of difficulty: iqa_gap, mse or ssim"] = "iqa_gap"
@@ -211,7 +212,7 @@ def step_advantages(batch, keys, cap, memory):
 
 
 def update(restorer, reference, average, optimizer, batches, cfg, sft_coef, noise):
-    """`cfg.updates` optimizer steps on collected batches. Returns the means of what was logged, and the first ratio error.
+    """`cfg.updates` optimizer steps on collected batches. Returns the means of what was logged, the ratio error first.
 
     Each optimizer step gets its own part of the drawn denoising steps, a micro-batch is one of them in one batch.
     """

@@ -11,8 +11,9 @@ Notation            symbol                      shape
   log_prob          log p_theta(z_{t-1} | z_t)  (B,)           mean over C, H, W
 
 One step (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16; v: Salimans and Ho 2022, arXiv 2202.00512):
-  x0      = (z_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)     or output itself     or sqrt(abar_t) z_t - sqrt(1 - abar_t) v
-  eps     = output  or  (z_t - sqrt(abar_t) x0) / sqrt(1 - abar_t)               or sqrt(abar_t) v + sqrt(1 - abar_t) z_t
+  epsilon   eps = output,                                        x0 = (z_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)
+  sample    eps = (z_t - sqrt(abar_t) x0) / sqrt(1 - abar_t),    x0 = output
+  v         eps = sqrt(abar_t) v + sqrt(1 - abar_t) z_t,         x0 = sqrt(abar_t) z_t - sqrt(1 - abar_t) v
   sigma_t = eta sqrt((1 - abar_{t-1}) / (1 - abar_t)) sqrt(1 - abar_t / abar_{t-1})
   mean    = sqrt(abar_{t-1}) x0 + sqrt(1 - abar_{t-1} - sigma_t^2) eps
   z_{t-1} = mean + sigma_t noise,   log p = mean[-(z_{t-1} - mean)^2 / (2 sigma_t^2) - log sigma_t - log(2 pi) / 2]

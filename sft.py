@@ -111,7 +111,8 @@ def train(cfg):
     average = torch.optim.swa_utils.AveragedModel(
         restorer.net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.ema))
     crops, noise = generator(cfg.seed, 1), generator(cfg.seed, 2)
-    modules, generators, start, rows = {"net": restorer.net, "average": average}, {"crops": crops, "noise": noise}, 0, []
+    modules, generators = {"net": restorer.net, "average": average}, {"crops": crops, "noise": noise}
+    start, rows = 0, []
     if cfg.resume and (out / "checkpoint.safetensors").exists():
         info = load_checkpoint(out / "checkpoint.safetensors", modules, optimizer, generators)
         start, rows = info["step"], info["rows"]

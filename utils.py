@@ -160,15 +160,16 @@ def parse(config_class, argv=None, description=None, positional=None):
     hints = typing.get_type_hints(config_class, include_extras=True)
     for field in dataclasses.fields(config_class):
         kind, text = typing.get_args(hints[field.name])
-        flag, shown = "--" + field.name.replace("_", "-"), "" if field.default in ("", None) else f" (default: {field.default})"
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction, "default": field.default, "help": text}
         elif kind is list:
             default = field.default_factory()
-            options = {"nargs": "+", "default": default, "help": text + (f" (default: {' '.join(default)})" if default else "")}
+            shown = f" (default: {' '.join(default)})" if default else ""
+            options = {"nargs": "+", "default": default, "help": text + shown}
         else:
-            options = {"type": kind, "default": field.default, "help": (text + shown).replace("%", "%%")}
-        parser.add_argument(flag, **options)
+            shown = "" if field.default == "" else f" (default: {field.default})"
+            options = {"type": kind, "default": field.default, "help": text + shown}
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
     values = vars(parser.parse_args(argv))
     inputs = values.pop("inputs", None)
     config = config_class(**values)
