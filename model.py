@@ -5,7 +5,7 @@ A restorer maps a low-quality image to a distribution over restored images by a 
   decode(z, lq) -> image       back to (B, 3, H, W) in [-1, 1]
   predict(z_t, t, lq) -> out   the network's output: epsilon, sample (z0) or v, as `scheduler` says, float32
   scheduler                    diffusers' DDIMScheduler: alphas_cumprod, prediction type, spacing, last step
-  net                          the module whose parameters train
+  net, trainable()             the module and its parameters that train
   defaults                     {"task", "steps", "eta"} the restorer was trained with
   multiple, latent_shape(lq)   sides of lq must be multiples of `multiple`; the shape of z for a given lq
   save(folder), load(...)      diffusers' folder format, safetensors
@@ -90,6 +90,10 @@ class PixelRestorer:
     @property
     def device(self):
         return next(self.net.parameters()).device
+
+    def trainable(self):
+        """The parameters that an optimizer gets, a list."""
+        return [p for p in self.net.parameters() if p.requires_grad]
 
     def latent_shape(self, lq):
         return lq.shape

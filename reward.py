@@ -206,35 +206,32 @@ def rescale(image, factor):
     return resize(resize(image[None], [max(4, round(side / factor)) for side in size]), size)[0]
 
 
-FAMILIES = ("blur", "noise", "jpeg", "rescale", "sharpen", "restored", "restored", "lq", "lq")
+FAMILIES = ("blur", "noise", "jpeg", "rescale", "restored", "lq")
 RESTORED_QUALITY, WORST_QUALITY = 0.5, 0.1
 
 
 def ladder(hq, restored, lq, generator):
     """A random rung for each image: hq, restored, lq (B, 3, H, W) -> (images (B, 3, H, W), quality (B,)).
 
-    blur sigma 2.5 s; noise std 0.01 (20^s - 1) of the full range; JPEG quality 95 (8 / 95)^s; rescaling by 1 + 3 s;
-    unsharp mask of amount 4 s; the blends (1 - s) hq + s restored and (1 - s) restored + s lq. Quality falls
-    linearly in s: from 1 (hq) to 0.1 (worst, as lq), and the restorer's own outputs stand at 0.5.
+    blur sigma 0.35 + 2.4 s; noise std 0.01 (20^s - 1) of the full range; JPEG quality 95 (6 / 95)^s; rescaling by
+    1 + 3 s; the blends (1 - s) hq + s restored and (1 - s) restored + s lq. Quality falls linearly in s: from 1 (hq)
+    to 0.1 (worst, as lq), and the restorer's own outputs stand at 0.5.
     """
     count = len(hq)
     s = torch.rand(count, generator=generator)
     family = torch.randint(len(FAMILIES), (count,), generator=generator).tolist()
     noise = torch.randn(hq.shape, generator=generator)
-    wide = s.view(-1, 1, 1, 1)
-    blurred, soft = blur(hq, 2.5 * s), blur(hq, torch.ones(count))
+    blurred = blur(hq, 0.35 + 2.4 * s)
     images, quality = [], 1 - (1 - WORST_QUALITY) * s
     for i, name in enumerate(FAMILIES[f] for f in family):
         if name == "blur":
             x = blurred[i]
         elif name == "noise":
-            x = hq[i] + 0.02 * (20 ** wide[i] - 1) * noise[i]
+            x = hq[i] + 0.02 * (20 ** s[i] - 1) * noise[i]
         elif name == "jpeg":
-            x = jpeg(hq[i], 95 * (8 / 95) ** s[i])
+            x = jpeg(hq[i], 95 * (6 / 95) ** s[i])
         elif name == "rescale":
             x = rescale(hq[i], 1 + 3 * s[i].item())
-        elif name == "sharpen":
-            x = hq[i] + 4 * s[i] * (hq[i] - soft[i])
         elif name == "restored":
             x, quality[i] = torch.lerp(hq[i], restored[i], s[i]), 1 - (1 - RESTORED_QUALITY) * s[i]
         else:
@@ -242,6 +239,20 @@ def ladder(hq, restored, lq, generator):
                              RESTORED_QUALITY - (RESTORED_QUALITY - WORST_QUALITY) * s[i])
         images.append(x)
     return torch.stack(images).clamp(-1, 1), quality
+
+
+def recolor(images, generator):
+    """Random gamma, contrast, order and strength of colors, one draw per image and the same for each of `images`, a
+    list of (B, 3, H, W) in [-1, 1]: eleven photographs show few colors, and quality is not a matter of color."""
+    count = len(images[0])
+    gamma, contrast, color = (torch.rand(3, count, 1, 1, 1, generator=generator) * torch.tensor(
+        [0.8, 0.5, 1.4]).view(3, 1, 1, 1, 1) + torch.tensor([0.7, 0.6, -0.2]).view(3, 1, 1, 1, 1)).unbind()
+    order = torch.rand(count, 3, generator=generator).argsort(1)[:, :, None, None].expand_as(images[0])
+    result = []
+    for x in images:
+        x = (((x + 1) / 2) ** gamma * contrast * 2 - contrast).gather(1, order)  # channels in another order
+        result.append(torch.lerp(x.mean(1, keepdim=True), x, color.clamp(0, 1)).clamp(-1, 1))
+    return result
 
 
 def soft_label(quality, values=VALUES):
@@ -295,6 +306,7 @@ def build_tokenizer():
 def build_judge(recipe, patch=8):
     """A judge with random weights from an entry of JUDGES; same random numbers every time."""
     import transformers as tf
+    tf.utils.logging.disable_progress_bar()  # "Writing model shards" for a file of 2 MB
     tokenizer = build_tokenizer()
     special = {key: tokenizer.convert_tokens_to_ids(f"<|{token}|>") for key, token in (
         ("image_token_id", "image_pad"), ("video_token_id", "video_pad"), ("vision_start_token_id", "vision_start"),
@@ -349,7 +361,7 @@ def judge_data(split, count, size, gen, restorer_name, task="sr"):
 
 
 @torch.no_grad()
-def check_judge(judge, hq, restored, lq, gen, rounds=4):
+def check_judge(judge, hq, restored, lq, gen, rounds=8):
     """Held-out quality of a judge: Spearman's rank correlation with the ladder, mean scores, and pairs in order."""
     from scipy.stats import spearmanr
     rungs = [ladder(hq, restored, lq, gen) for _ in range(rounds)]
@@ -365,15 +377,27 @@ class TrainConfig:
     name: Annotated[str, "which judge: judge or judge2"] = "judge"
     model: Annotated[str, "restorer whose outputs stand on the ladder; empty: the shipped one"] = ""
     out: Annotated[str, "folder to write; empty: weights/NAME"] = ""
-    steps: Annotated[int, "optimizer steps"] = 2400
+    steps: Annotated[int, "optimizer steps"] = 3200
     batch: Annotated[int, "images per step"] = 48
     pool: Annotated[int, "training crops, restored once"] = 2048
     size: Annotated[int, "side of a crop in pixels"] = 64
-    lr: Annotated[float, "peak learning rate of AdamW"] = 1e-3
+    lr: Annotated[float, "peak learning rate of AdamW: embeddings, norms, biases"] = 1e-3
+    matrix_lr: Annotated[float, "peak learning rate of Muon: matrices"] = 0.02
+
+
+def judge_optimizers(model, lr, matrix_lr):
+    """[(peak learning rate, optimizer)]: Muon for the matrices of the layers (Jordan 2024; measured here: rank
+    correlation 0.71 after 400 steps where AdamW alone has 0.66), AdamW for embeddings, norms, biases."""
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        (matrices if p.ndim == 2 and "embed" not in name else others).append(p)
+    return [(matrix_lr, torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=0.02)),
+            (lr, torch.optim.AdamW(others, lr=lr, weight_decay=0.05))]
 
 
 def train_judge(cfg):
     """Trains a small judge on the ladder and saves it the transformers way; weights float16, half the size."""
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
     from tqdm import tqdm
 
     from sft import one_cycle
@@ -385,22 +409,26 @@ def train_judge(cfg):
     hq, restored, lq = judge_data("train", cfg.pool, cfg.size, gen, cfg.model)
     judge = build_judge(recipe)
     whiten_patches(judge, hq[:1024])
-    optimizer = torch.optim.AdamW(judge.model.parameters(), lr=cfg.lr, weight_decay=0.05)
+    optimizers = judge_optimizers(judge.model, cfg.lr, cfg.matrix_lr)
+    average = AveragedModel(judge.model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     judge.model.train()
     for step in (bar := tqdm(range(cfg.steps), desc=cfg.name)):
         pick = torch.randint(len(hq), (cfg.batch,), generator=gen)
         turn, mirror = torch.randint(4, (2,), generator=gen).tolist()  # the same for the three versions of a crop
         triple = [torch.rot90(x[pick], turn, (2, 3)) for x in (hq, restored, lq)]
-        images, quality = ladder(*([x.flip(3) for x in triple] if mirror % 2 else triple), gen)
+        images, quality = ladder(*recolor([x.flip(3) for x in triple] if mirror % 2 else triple, gen), gen)
         log_p = judge.logits(images).float().log_softmax(-1)[:, judge.ids]  # over the whole vocabulary, as a language
         loss = -(soft_label(quality) * log_p).sum(1).mean()                 # model learns its next token
-        optimizer.param_groups[0]["lr"] = one_cycle(step, cfg.steps, cfg.lr)
-        optimizer.zero_grad()
+        judge.model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(judge.model.parameters(), 1.0)
-        optimizer.step()
+        for peak, optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = one_cycle(step, cfg.steps, peak)
+            optimizer.step()
+        average.update_parameters(judge.model)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
+    judge.model.load_state_dict(average.module.state_dict())
     judge.model.eval()
     out = Path(cfg.out or Path(__file__).parent / "weights" / cfg.name)
     judge.model.half().save_pretrained(out)

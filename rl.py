@@ -218,7 +218,7 @@ def update(restorer, reference, average, optimizer, batches, cfg, sft_coef, nois
     """
     from sample import ddim_step
     from sft import sft_loss
-    kind, params = restorer.scheduler.config.prediction_type, optimizer.param_groups[0]["params"]
+    kind = restorer.scheduler.config.prediction_type
     usable = batches[0]["trajectory"].stochastic.nonzero().flatten().cpu()
     drawn = usable[torch.randperm(len(usable), generator=noise)][:cfg.train_steps or None]
     logs, first = [], None
@@ -241,7 +241,7 @@ def update(restorer, reference, average, optimizer, batches, cfg, sft_coef, nois
                 (loss / (len(part) * len(batches))).backward()
                 first = info["ratio_error"].item() if first is None else first
                 logs.append({key: value.item() for key, value in {**info, **parts, "loss": loss.detach()}.items()})
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+        grad_norm = torch.nn.utils.clip_grad_norm_(restorer.trainable(), 1.0)
         if not torch.isfinite(grad_norm):
             from utils import UserError
             raise UserError("the gradient is not finite; lower --lr or use --dtype float32; --resume goes on from "
@@ -293,8 +293,7 @@ def train(cfg):
     cfg.steps, cfg.eta = cfg.steps or restorer.defaults["steps"], cfg.eta if cfg.eta > 0 else restorer.defaults["eta"]
     restorer.defaults |= {"task": cfg.task, "steps": cfg.steps, "eta": cfg.eta}
     reference, judge = restorer.frozen_copy(), load_reward(cfg.reward, device)
-    params = [p for p in restorer.net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(restorer.trainable(), lr=cfg.lr, weight_decay=0.0)
     average = AveragedModel(restorer.net, multi_avg_fn=get_ema_multi_avg_fn(cfg.average))
     average.update_parameters(restorer.net)  # the first update copies: the average starts at the SFT weights
     averaged = restorer.frozen_copy()

@@ -106,8 +106,7 @@ def train(cfg):
     restorer = (load(cfg.model, device, cfg.dtype) if cfg.model
                 else PixelRestorer.create(seed=cfg.seed).to(device, DTYPES[cfg.dtype]))
     restorer.defaults["task"] = cfg.task
-    params = [p for p in restorer.net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=cfg.lr)
+    optimizer = torch.optim.AdamW(restorer.trainable(), lr=cfg.lr)
     average = torch.optim.swa_utils.AveragedModel(
         restorer.net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.ema))
     crops, noise = generator(cfg.seed, 1), generator(cfg.seed, 2)
@@ -119,6 +118,7 @@ def train(cfg):
     elif cfg.resume:
         raise UserError(f"--resume: no checkpoint in {out}; start without it")
     write_json(out / "config.json", asdict(cfg))
+    print("   ".join(f"{key} {value}" for key, value in asdict(cfg).items() if value != ""))
 
     # training
     restorer.net.train()
@@ -129,7 +129,7 @@ def train(cfg):
             group["lr"] = one_cycle(step, cfg.steps, cfg.lr)
         optimizer.zero_grad()
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(restorer.trainable(), cfg.max_grad_norm)
         if not torch.isfinite(grad_norm):
             raise UserError(f"step {step}: the gradient is not finite; lower --lr or use --dtype float32")
         optimizer.step()

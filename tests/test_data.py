@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import SHIPPED, degrade_sr, detail, get_task, grid_crops, photographs, random_crops, round_8bit
+from data import SHIPPED, degrade_sr, fine_detail, get_task, grid_crops, photographs, random_crops, round_8bit
 from utils import UserError, generator, read_image, to_uint8, write_image
 
 
@@ -88,7 +88,7 @@ def test_grid_crops_are_disjoint_and_from_their_photographs():
         y, x = map(int, place.split(","))
         assert y % 64 == x % 64 == 0
         source = photos[photos.names.index(stem)][:, y:y + 64, x:x + 64]
-        assert torch.equal(to_uint8(crop), source) and detail(source) >= 0.04
+        assert torch.equal(to_uint8(crop), source) and fine_detail(source) >= 0.03
 
 
 def test_sr_equals_pil_bicubic():
