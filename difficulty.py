@@ -54,7 +54,7 @@ class RewardMemory:
 def advantages(rewards, keys, memory, min_count=4, clip=5.0, delta=1e-4):
     """Pushes rewards (B,) under keys (B strings) into memory and returns their advantages (B,), within +-clip.
 
-    A = (r - mean) / (std + delta), with mean and std of the key's history, or of the batch where the history holds
+    A = (r - mean) / (std + delta), minus its mean over the batch, with mean and std of the key's history, or of the batch where the history holds
     fewer than min_count rewards. The unit of A is one standard deviation of the reward.
     """
     for key, reward in zip(keys, rewards.tolist()):
@@ -63,7 +63,8 @@ def advantages(rewards, keys, memory, min_count=4, clip=5.0, delta=1e-4):
     stats = {key: memory.stats(key) for key in set(keys)}
     chosen = [stats[key][:2] if stats[key][2] >= min_count else batch for key in keys]
     mean, std = torch.tensor(chosen, dtype=rewards.dtype, device=rewards.device).T
-    return ((rewards - mean) / (std + delta)).clamp(-clip, clip)
+    advantage = (rewards - mean) / (std + delta)
+    return (advantage - advantage.mean()).clamp(-clip, clip)
 
 
 def iqa_gap(reward, reward_hq):

@@ -57,33 +57,36 @@ def kl_to_reference(mean, ref_mean, sigma_t):
     return ((mean - ref_mean) ** 2).flatten(1).mean(1) / (2 * sigma_t ** 2)
 
 
-def combined_loss(rl, sft, kl, weight, sft_coef, kl_coef):
-    """mean_i [w_i rl_i + (1 - w_i) sft_coef sft_i] + kl_coef mean_i kl_i; tensors (B,) -> (scalar loss, info)."""
-    loss = (weight * rl + (1 - weight) * sft_coef * sft).mean() + kl_coef * kl.mean()
-    return loss, {"rl_loss": rl.mean().detach(), "sft_loss": sft.mean().detach(), "kl": kl.mean().detach()}
+def combined_loss(rl, sft, kl, fidelity, weight, sft_coef, kl_coef, fidelity_coef):
+    """mean_i [w_i rl_i + (1 - w_i) sft_coef sft_i + kl_coef kl_i + fidelity_coef fidelity_i]; tensors (B,), coefficients
+    floats -> (scalar loss, info)."""
+    loss = (weight * rl + (1 - weight) * sft_coef * sft + kl_coef * kl + fidelity_coef * fidelity).mean()
+    return loss, {"rl_loss": rl.mean().detach(), "sft_loss": sft.mean().detach(), "kl": kl.mean().detach(),
+                  "fidelity_loss": fidelity.mean().detach()}
 
 
 class FidelityController:
-    """Holds the fidelity lost to RL at a budget, by the SFT coefficient: a Lagrange multiplier under PI control.
+    """Holds the fidelity that RL costs at a budget, by the coefficient of the fidelity loss: a Lagrange multiplier.
 
-    drop = PSNR-Y in dB of the SFT restorer minus that of the present one, on the same inputs.
-      e = clip(drop - budget, -limit, limit)
-      I <- clip(I + ki e, -span, span)
-      sft_coef = base exp(kp e + I)
-    Dual ascent is the integral alone; it answers late and oscillates. The proportional term damps it (Stooke et al.
-    2020, arXiv 2007.03964). budget < 0: off, the coefficient stays `base`.
+    drop = PSNR-Y in dB of the SFT restorer minus that of the present one, on the same inputs, smoothed over iterations.
+      e = clip(drop - budget, -limit, limit);   I <- clip(I + ki e, -span, span);   coefficient = base exp(kp e + I)
+    Dual ascent is the integral I alone; it answers late and oscillates. The proportional term damps it (Stooke et al.
+    2020, arXiv 2007.03964). budget < 0: off, the coefficient is 0.
     """
 
-    def __init__(self, base, budget, kp=6.0, ki=1.5, limit=0.5, span=5.0):
-        self.base, self.budget, self.kp, self.ki, self.limit, self.span = base, budget, kp, ki, limit, span
-        self.integral, self.coef = 0.0, base
+    def __init__(self, budget, base=0.005, kp=3.0, ki=0.8, limit=0.5, span=4.0, smooth=0.5):
+        self.budget, self.base, self.kp, self.ki, self.limit, self.span = budget, base, kp, ki, limit, span
+        self.smooth, self.state = smooth, [0.0, 0.0]  # smoothed drop, integral
 
     def update(self, drop):
-        if self.budget >= 0:
-            error = max(-self.limit, min(self.limit, drop - self.budget))
-            self.integral = max(-self.span, min(self.span, self.integral + self.ki * error))
-            self.coef = self.base * math.exp(self.kp * error + self.integral)
-        return self.coef
+        """drop in dB, a float -> the coefficient for this iteration."""
+        if self.budget < 0:
+            return 0.0
+        smoothed = self.smooth * self.state[0] + (1 - self.smooth) * drop
+        error = max(-self.limit, min(self.limit, smoothed - self.budget))
+        integral = max(-self.span, min(self.span, self.state[1] + self.ki * error))
+        self.state = [smoothed, integral]
+        return self.base * math.exp(self.kp * error + integral)
 
 
 @dataclass
@@ -103,6 +106,7 @@ class Config:
     size: Annotated[int, "side of a training crop in pixels"] = 64
     steps: Annotated[int, "DDIM steps; 0: as the SFT restorer was trained"] = 0
     eta: Annotated[float, "stochasticity, > 0; -1: as the SFT restorer was trained"] = -1.0
+    memory: Annotated[int, "latest rewards of an input that its memory keeps"] = 8
     # update
     updates: Annotated[int, "optimizer steps per rollout"] = 2
     train_steps: Annotated[int, "denoising steps drawn for the update in each iteration; 0: all"] = 6
@@ -211,7 +215,7 @@ def step_advantages(batch, keys, cap, memory):
     return torch.stack(result)
 
 
-def update(restorer, reference, average, optimizer, batches, cfg, sft_coef, noise):
+def update(restorer, reference, average, optimizer, batches, cfg, fidelity_coef, noise):
     """`cfg.updates` optimizer steps on collected batches. Returns the means of what was logged, the ratio error first.
 
     Each optimizer step gets its own part of the drawn denoising steps, a micro-batch is one of them in one batch.
@@ -226,6 +230,7 @@ def update(restorer, reference, average, optimizer, batches, cfg, sft_coef, nois
         optimizer.zero_grad()
         for batch in batches:
             path, lq, hq, weight = batch["trajectory"], batch["lq"], batch["hq"], batch["weight"]
+            batch["z0"] = restorer.encode(hq, lq)
             for k in part.tolist():
                 a, b = (x.expand(len(lq)) for x in path.alpha_bar[k])
                 t = path.t[k].expand(len(lq))
@@ -236,8 +241,9 @@ def update(restorer, reference, average, optimizer, batches, cfg, sft_coef, nois
                 kl = kl_to_reference(step.mean, ref.mean, step.sigma_t)
                 # one SFT draw per input, shared by its samples: the same expectation at a fraction of the cost
                 sft = sft_loss(restorer, lq[::cfg.samples_per_input], hq[::cfg.samples_per_input], noise)
-                loss, parts = combined_loss(rl, sft.repeat_interleave(cfg.samples_per_input), kl, weight, sft_coef,
-                                            cfg.kl_coef)
+                fidelity = ((step.x0 - batch["z0"]) ** 2).flatten(1).mean(1)
+                loss, parts = combined_loss(rl, sft.repeat_interleave(cfg.samples_per_input), kl, fidelity, weight,
+                                            cfg.sft_coef, cfg.kl_coef, fidelity_coef)
                 (loss / (len(part) * len(batches))).backward()
                 first = info["ratio_error"].item() if first is None else first
                 logs.append({key: value.item() for key, value in {**info, **parts, "loss": loss.detach()}.items()})
@@ -298,8 +304,8 @@ def train(cfg):
     average.update_parameters(restorer.net)  # the first update copies: the average starts at the SFT weights
     averaged = restorer.frozen_copy()
     averaged.net = average.module
-    memory, difficulty = RewardMemory(), Difficulty(cfg.weight)
-    controller = FidelityController(cfg.sft_coef, cfg.fidelity_budget)
+    memory, difficulty = RewardMemory(cfg.memory), Difficulty(cfg.weight)
+    controller = FidelityController(cfg.fidelity_budget)
     generators = {name: generator(cfg.seed, 20, i) for i, name in enumerate(("inputs", "rollout", "update"))}
     fixed = generator(cfg.seed, 21)
     hq = random_crops(photographs("train", cfg.data), cfg.pool, cfg.size, fixed)
@@ -316,8 +322,7 @@ def train(cfg):
         if not (out / "checkpoint.safetensors").exists():
             raise UserError(f"--resume: no checkpoint in {out}; start without it")
         info = load_checkpoint(out / "checkpoint.safetensors", modules, optimizer, generators)
-        start, rows, baseline, controller.integral = info["iteration"], info["rows"], info["baseline"], info["integral"]
-        controller.coef = info["sft_coef"]
+        start, rows, baseline, controller.state = info["iteration"], info["rows"], info["baseline"], info["controller"]
         memory.load_state_dict(info["memory"]), difficulty.load_state_dict(info["difficulty"])
     else:
         write_json(out / "config.json", asdict(cfg))
@@ -347,28 +352,28 @@ def train(cfg):
         for batch in batches:
             batch["weight"] = difficulty.weight(batch["distance"])
         drop = torch.cat([psnr_sft[b["ids"]] - b["psnr_y"] for b in batches]).mean().item()
-        sft_coef = controller.update(drop)
+        fidelity_coef = controller.update(drop)
 
         # update
         began = time.perf_counter()
-        losses = update(restorer, reference, average, optimizer, batches, cfg, sft_coef, generators["update"])
+        losses = update(restorer, reference, average, optimizer, batches, cfg, fidelity_coef, generators["update"])
 
         # log
         row = {"iteration": iteration + 1}
         for key in ("reward", "distance", "weight", "psnr_y", "ssim"):
             row[key] = torch.cat([b[key] for b in batches]).mean().item()
-        row |= {"psnr_drop": drop, "sft_coef": sft_coef} | losses
+        row |= {"psnr_drop": drop, "fidelity_coef": fidelity_coef} | losses
         row |= {key: sum(b[key] for b in batches) for key in ("seconds_rollout", "seconds_reward")}
         row["seconds_update"] = time.perf_counter() - began
         done = iteration + 1 == cfg.iterations
         if (iteration + 1) % cfg.save_every == 0 or done:
             row |= look(averaged)
         rows.append(row)
-        bar.set_postfix({k: f"{row[k]:.3f}" for k in ("reward", "distance", "weight", "psnr_drop", "sft_coef")})
+        bar.set_postfix({k: f"{row[k]:.3f}" for k in ("reward", "distance", "weight", "psnr_drop", "fidelity_coef")})
         if (iteration + 1) % cfg.save_every == 0 or done:
             save_checkpoint(out / "checkpoint.safetensors", modules, optimizer, generators, {
-                "iteration": iteration + 1, "rows": rows, "baseline": baseline, "integral": controller.integral,
-                "sft_coef": controller.coef, "memory": memory.state_dict(), "difficulty": difficulty.state_dict()})
+                "iteration": iteration + 1, "rows": rows, "baseline": baseline, "controller": controller.state,
+                "memory": memory.state_dict(), "difficulty": difficulty.state_dict()})
             write_rows(out / "metrics.csv", rows)
             save_curves(out / "curves.png", rows, "iteration", [k for k in rows[-1] if k != "iteration"])
 
