@@ -57,6 +57,15 @@ def kl_to_reference(mean, ref_mean, sigma_t):
     return ((mean - ref_mean) ** 2).flatten(1).mean(1) / (2 * sigma_t ** 2)
 
 
+def fidelity_loss(x0, z0, alpha_bar_t):
+    """(1 - abar_t)^2 ||x0 - z0||^2, mean over C, H, W: x0 predicted from a z_t that the sampler itself visited; -> (B,).
+
+    The weight leaves the late steps, where fine texture is decided, to the reward, and holds the structure that the
+    early and middle steps decide, where most of the PSNR is lost or won.
+    """
+    return (1 - alpha_bar_t) ** 2 * ((x0 - z0) ** 2).flatten(1).mean(1)
+
+
 def combined_loss(rl, sft, kl, fidelity, weight, sft_coef, kl_coef, fidelity_coef):
     """mean_i [w_i rl_i + (1 - w_i) sft_coef sft_i + kl_coef kl_i + fidelity_coef fidelity_i]; tensors (B,), coefficients
     floats -> (scalar loss, info)."""
@@ -74,7 +83,7 @@ class FidelityController:
     2020, arXiv 2007.03964). budget < 0: off, the coefficient is 0.
     """
 
-    def __init__(self, budget, base=0.005, kp=3.0, ki=0.8, limit=0.5, span=4.0, smooth=0.5):
+    def __init__(self, budget, base=2e-3, kp=5.0, ki=0.4, limit=0.5, span=4.0, smooth=0.3):
         self.budget, self.base, self.kp, self.ki, self.limit, self.span = budget, base, kp, ki, limit, span
         self.smooth, self.state = smooth, [0.0, 0.0]  # smoothed drop, integral
 
@@ -99,27 +108,27 @@ class Config:
     out: Annotated[str, "folder of the run; empty: runs/TASK"] = ""
     seed: Annotated[int, "seed of inputs, sampler and losses"] = 0
     # rollout
-    iterations: Annotated[int, "rounds of rollout and update"] = 30
+    iterations: Annotated[int, "rounds of rollout and update"] = 14
     inputs: Annotated[int, "lq images per iteration"] = 16
     samples_per_input: Annotated[int, "restorations of each"] = 4
-    pool: Annotated[int, "training inputs that recur; the memory keeps a history of each"] = 96
+    pool: Annotated[int, "training inputs that recur; the memory keeps a history of each"] = 64
     size: Annotated[int, "side of a training crop in pixels"] = 64
     steps: Annotated[int, "DDIM steps; 0: as the SFT restorer was trained"] = 0
     eta: Annotated[float, "stochasticity, > 0; -1: as the SFT restorer was trained"] = -1.0
     memory: Annotated[int, "latest rewards of an input that its memory keeps"] = 8
     # update
     updates: Annotated[int, "optimizer steps per rollout"] = 2
-    train_steps: Annotated[int, "denoising steps drawn for the update in each iteration; 0: all"] = 6
+    train_steps: Annotated[int, "denoising steps drawn for the update in each iteration; 0: all"] = 4
     micro_batch: Annotated[int, "samples in memory at once"] = 64
-    lr: Annotated[float, "learning rate of AdamW"] = 1e-4
+    lr: Annotated[float, "learning rate of AdamW"] = 5e-5
     clip_range: Annotated[float, "of the ratio of mean log-densities"] = 2e-3
     kl_coef: Annotated[float, "beta, weight of the KL to the SFT restorer"] = 0.01
     average: Annotated[float, "decay per optimizer step of the weight average that is saved; 0: the last weights"] = 0.9
     # RL against SFT
     weight: Annotated[str, "baseline, running, or fixed:W (fixed:0 is pure SFT, fixed:1 pure RL)"] = "baseline"
     distance: Annotated[str, "of difficulty: iqa_gap, mse or ssim"] = "iqa_gap"
-    sft_coef: Annotated[float, "lambda, weight of the SFT loss; the first value if a budget controls it"] = 0.05
-    fidelity_budget: Annotated[float, "PSNR-Y in dB that RL may cost on its inputs; -1: off, lambda stays"] = 0.1
+    sft_coef: Annotated[float, "lambda, weight of the SFT loss"] = 0.01
+    fidelity_budget: Annotated[float, "PSNR-Y in dB that RL may cost on its inputs; -1: off"] = 0.2
     reward_mode: Annotated[str, "final, step, or step:K (every K-th denoising step is judged)"] = "final"
     # running
     resume: Annotated[bool, "go on from the last checkpoint in --out"] = False
@@ -241,7 +250,7 @@ def update(restorer, reference, average, optimizer, batches, cfg, fidelity_coef,
                 kl = kl_to_reference(step.mean, ref.mean, step.sigma_t)
                 # one SFT draw per input, shared by its samples: the same expectation at a fraction of the cost
                 sft = sft_loss(restorer, lq[::cfg.samples_per_input], hq[::cfg.samples_per_input], noise)
-                fidelity = ((step.x0 - batch["z0"]) ** 2).flatten(1).mean(1)
+                fidelity = fidelity_loss(step.x0, batch["z0"], a)
                 loss, parts = combined_loss(rl, sft.repeat_interleave(cfg.samples_per_input), kl, fidelity, weight,
                                             cfg.sft_coef, cfg.kl_coef, fidelity_coef)
                 (loss / (len(part) * len(batches))).backward()

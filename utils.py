@@ -156,7 +156,7 @@ def parse(config_class, argv=None, description=None, positional=None):
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     if positional:
-        parser.add_argument("inputs", nargs="*", help=positional)
+        parser.add_argument("plain_arguments", nargs="*", help=positional, metavar="PATH")
     hints = typing.get_type_hints(config_class, include_extras=True)
     for field in dataclasses.fields(config_class):
         kind, text = typing.get_args(hints[field.name])
@@ -171,9 +171,9 @@ def parse(config_class, argv=None, description=None, positional=None):
             options = {"type": kind, "default": field.default, "help": text + shown}
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
     values = vars(parser.parse_args(argv))
-    inputs = values.pop("inputs", None)
+    plain = values.pop("plain_arguments", None)
     config = config_class(**values)
-    return (config, inputs) if positional else config
+    return (config, plain) if positional else config
 
 
 def quiet():
