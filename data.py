@@ -88,11 +88,12 @@ class Photographs:
         return self.decode(index)
 
 
-def photographs(split, folder=""):
+def photographs(split, folder="", smallest=64):
     """The photographs of `split` (train, val, test): the shipped ones, or those of `folder`, split by image.
 
-    In a folder (searched recursively) every tenth readable image, at least one, is `test`, likewise `val`, the rest
-    `train`. Files that cannot be read are named and skipped. Raises UserError if fewer than three are left.
+    In a folder (searched recursively) every tenth readable image is `test`, the next one `val`, the rest `train`; with
+    fewer than 20 images every third to ninth, so that no split is empty. Files that cannot be read or have a side
+    under `smallest` pixels are named and skipped. Raises UserError if fewer than three are left.
     """
     from utils import UserError, read_image
     if not folder:
@@ -109,14 +110,14 @@ def photographs(split, folder=""):
     for path in list_images(folder):
         try:
             height, width = image_size(path)
-            if min(height, width) < 64:
-                print(f"skipped {path}: {width} x {height} is smaller than 64 x 64")
+            if min(height, width) < smallest:
+                print(f"skipped {path}: {width} x {height} is smaller than {smallest} x {smallest}")
                 continue
             readable.append(path)
         except UserError as error:
             print(f"skipped {error}")
     if len(readable) < 3:
-        raise UserError(f"--data {folder}: {len(readable)} readable photographs of at least 64 x 64 "
+        raise UserError(f"--data {folder}: {len(readable)} readable photographs of at least {smallest} x {smallest} "
                         f"({', '.join(IMAGE_ENDINGS)}); training, validation and test need at least 3")
     every = max(3, min(10, len(readable) // 2))
     place = {"test": 0, "val": 1}
@@ -212,7 +213,7 @@ def main():
     from utils import generator, parse, write_image
     cfg = parse(Config, description="Shows pairs of a task: lq above hq.")
     degrade, gen = get_task(cfg.task), generator(cfg.seed)
-    hq = random_crops(photographs("train", cfg.data), 8, cfg.size, gen)
+    hq = random_crops(photographs("train", cfg.data, cfg.size), 8, cfg.size, gen)
     rows = torch.cat([torch.cat(list(x), dim=2) for x in (degrade(hq, gen), hq)], dim=1)
     out = cfg.out or f"runs/data/{cfg.task}.png"
     write_image(out, rows)

@@ -9,7 +9,8 @@ Notation      symbol     shape
 
 Chosen here:
  1. The rewards of the present batch join the history before its mean is taken, so that a first visit is judged
-    against its own group of samples; below `min_count` rewards the batch's mean and std serve [R].
+    against its own group of samples; below `min_count` rewards the batch's mean and std serve [R]. The batch's mean
+    advantage is removed at the end: histories lag behind a policy that moves, and the lag is common to all. [R]
  2. s is the interquartile range / 1.349, the standard deviation of a Gaussian that outliers do not move [R].
  3. anchor=baseline keeps m and s as the SFT model had them: as samples come close to their ground truth, w falls and
     SFT takes over. anchor=running follows the present model: half the inputs always count as hard. [R]
@@ -54,8 +55,8 @@ class RewardMemory:
 def advantages(rewards, keys, memory, min_count=4, clip=5.0, delta=1e-4):
     """Pushes rewards (B,) under keys (B strings) into memory and returns their advantages (B,), within +-clip.
 
-    A = (r - mean) / (std + delta), minus its mean over the batch, with mean and std of the key's history, or of the batch where the history holds
-    fewer than min_count rewards. The unit of A is one standard deviation of the reward.
+    A = (r - mean) / (std + delta), minus its mean over the batch, with mean and std of the key's history, or of the
+    batch where the history holds fewer than min_count rewards. The unit of A is one standard deviation of the reward.
     """
     for key, reward in zip(keys, rewards.tolist()):
         memory.push(key, reward)

@@ -166,7 +166,7 @@ def held_out(task, data, split, count, size, device):
     """The fixed crops of a split: (lq, hq, names), lq and hq (N, 3, size, size). The same for every seed of a run."""
     from data import get_task, grid_crops, photographs
     from utils import generator
-    hq, names = grid_crops(photographs(split, data), count, size, generator(0, 3))
+    hq, names = grid_crops(photographs(split, data, size), count, size, generator(0, 3))
     return get_task(task)(hq, generator(0, 4)).to(device), hq.to(device), names
 
 
@@ -197,6 +197,8 @@ def main():
     cfg, folders = parse(Config, description="Compares saved restorers, or sums up runs of rl.py.",
                          positional="folders of saved restorers, or of finished runs of rl.py")
     device = pick_device(cfg.device)
+    if cfg.seeds < 1 or cfg.count < 1:
+        raise UserError(f"--seeds {cfg.seeds}, --count {cfg.count}: must be at least 1")
     if not folders:
         raise UserError("no model: give one or more folders of saved restorers, e.g. weights/sr")
     if all((Path(folder) / "summary.json").exists() for folder in folders):

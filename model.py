@@ -17,8 +17,8 @@ The pixel restorer, small enough to train on a laptop:
 Chosen here:
  1. The latent is the residual, scaled to about unit variance: lq already holds the low frequencies. Measured in a
     trial: predicting hq itself is 4 dB worse after the same training time.
- 2. pixel_unshuffle by 2 quarters the cost of every convolution; no attention, so that any image size works and
-    tiles agree with the whole image.
+ 2. pixel_unshuffle by 2 quarters the cost of every convolution; no attention, so that any image size works. Group
+    normalization still sees the whole input, so a tile's output differs a little from the whole image's.
  3. v-prediction with the squared-cosine schedule (Salimans and Ho 2022, Nichol and Dhariwal 2021), "trailing" steps
     (Lin et al. 2024, arXiv 2305.08891), so that sampling starts from pure noise as training assumes.
 
@@ -73,7 +73,7 @@ class PixelRestorer:
 
     def save(self, folder, dtype=torch.float32):
         """Writes unet/, scheduler/ and restorer.json. dtype: of the stored weights; float16 halves the size."""
-        net = self.net if dtype == torch.float32 else copy.deepcopy(self.net).half()
+        net = self.net if dtype == torch.float32 else torch.nn.Module.to(copy.deepcopy(self.net), dtype)
         net.save_pretrained(Path(folder) / "unet", safe_serialization=True)
         self.scheduler.save_pretrained(Path(folder) / "scheduler")
         from utils import write_json
@@ -135,7 +135,7 @@ def load(name, device="cpu", dtype="float32", task="sr"):
     try:
         settings = json.loads((folder / "restorer.json").read_text())
         restorer = FAMILIES[settings["family"]].from_folder(folder, settings)
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"--model {folder}: incomplete or damaged ({str(error).splitlines()[0]}); "
                         "save it again or copy the whole folder") from None
     restorer.net.eval()

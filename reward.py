@@ -43,8 +43,8 @@ UNSAFE = {"pyiqa:piqe": "it prefers noise to a clean image and is NaN on black",
 # ---- references: (B, 3, H, W) in [-1, 1] twice -> (B,) ----
 
 def psnr(images, refs):
-    """Peak signal-to-noise ratio in dB over RGB; (B, 3, H, W) in [-1, 1] -> (B,). Infinite for equal images."""
-    return -10 * (((images - refs) / 2) ** 2).flatten(1).mean(1).log10()
+    """Peak signal-to-noise ratio in dB over RGB; (B, 3, H, W) in [-1, 1] -> (B,), at most 100 dB."""
+    return -10 * (((images - refs) / 2) ** 2).flatten(1).mean(1).clamp(min=1e-10).log10()
 
 
 def luma(images):
@@ -54,8 +54,8 @@ def luma(images):
 
 
 def psnr_y(images, refs):
-    """PSNR in dB on Y, as super-resolution papers print it; (B, 3, H, W) in [-1, 1] -> (B,)."""
-    return -10 * ((luma(images) - luma(refs)) ** 2).flatten(1).mean(1).log10()
+    """PSNR in dB on Y, as super-resolution papers print it; (B, 3, H, W) in [-1, 1] -> (B,), at most 100."""
+    return -10 * ((luma(images) - luma(refs)) ** 2).flatten(1).mean(1).clamp(min=1e-10).log10()
 
 
 def ssim(images, refs):
@@ -481,8 +481,8 @@ def score(cfg, files):
             raise UserError(f"{file} and {cfg.ref[index]}: sizes differ; references must match their images")
         try:
             print(f"{metric(image, ref).item():12.4f}  {file}")
-        except ValueError as error:
-            raise UserError(f"{file}: {error}") from None
+        except (ValueError, RuntimeError, AssertionError) as error:  # too small for a window, a reference missing
+            raise UserError(f"{file}: {cfg.metric} cannot score it ({str(error).splitlines()[0]})") from None
 
 
 def main():

@@ -7,9 +7,10 @@ Reward" (arXiv 2511.01645). One iteration, i a sample, k a denoising step, theta
   2 reward      r_i = M(x_hat_i), or r_ik = M(decode(x0_hat(z_{t-1}))) for every k-th step          reward.py
   3 advantage   A = (r - mean(history_i)) / (std(history_i) + delta)                                difficulty.py
   4 difficulty  d_i from ground truth, w_i = sigmoid(k (d_i - m) / s)                               difficulty.py
-  5 update      L = mean_i [w_i L_RL,i + (1 - w_i) lambda L_SFT,i] + beta KL(p_theta || p_ref)
+  5 update      L = mean_i [w_i L_RL,i + (1 - w_i) lambda L_SFT,i] + beta KL(p_theta || p_ref) + mu L_fid
                 L_RL,i = max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  rho = exp(log p_theta - log p_old)
                 KL     = ||mu_theta - mu_ref||^2 / (2 sigma_t^2), mean over C, H, W
+                L_fid  = (1 - abar_t)^2 ||x0_hat(z_t) - z0||^2 at the visited z_t, mean over C, H, W   (ours alone)
 The paper's exact equations are not public: README marks what is the paper's and what is our reconstruction.
 
 Chosen here:
@@ -18,8 +19,10 @@ Chosen here:
     log p, so rho is exactly 1 before the first optimizer step of an iteration, in any dtype.
  3. Only steps with sigma_t > 0 enter; `updates` optimizer steps share one rollout, each with its own part of the steps.
  4. The reward is capped at the ground truth's own score: to be judged better than a real photograph is no merit.
- 5. lambda controls itself (--fidelity-budget, FidelityController): the balance of the two gradients decides between
-    no progress and reward hacking, and no constant suits two seeds.
+ 5. mu controls itself (--fidelity-budget, FidelityController): the balance of the gradients decides between no
+    progress and reward hacking, and no constant suits two seeds. Why not lambda: at the SFT optimum the gradient of
+    the SFT loss is nothing but noise, which Adam scales up until it drowns the RL signal; it holds the weights, not
+    the PSNR. L_fid acts on the very states that RL creates, at no extra network pass.
  6. What is evaluated and saved is a running average of the weights over the optimizer steps.
 
     python rl.py --task sr                                                              # laptop, a few minutes
@@ -58,7 +61,7 @@ def kl_to_reference(mean, ref_mean, sigma_t):
 
 
 def fidelity_loss(x0, z0, alpha_bar_t):
-    """(1 - abar_t)^2 ||x0 - z0||^2, mean over C, H, W: x0 predicted from a z_t that the sampler itself visited; -> (B,).
+    """(1 - abar_t)^2 ||x0 - z0||^2, mean over C, H, W; x0 is predicted from a z_t that the sampler visited; -> (B,).
 
     The weight leaves the late steps, where fine texture is decided, to the reward, and holds the structure that the
     early and middle steps decide, where most of the PSNR is lost or won.
@@ -67,8 +70,8 @@ def fidelity_loss(x0, z0, alpha_bar_t):
 
 
 def combined_loss(rl, sft, kl, fidelity, weight, sft_coef, kl_coef, fidelity_coef):
-    """mean_i [w_i rl_i + (1 - w_i) sft_coef sft_i + kl_coef kl_i + fidelity_coef fidelity_i]; tensors (B,), coefficients
-    floats -> (scalar loss, info)."""
+    """mean_i [w_i rl_i + (1 - w_i) sft_coef sft_i + kl_coef kl_i + fidelity_coef fidelity_i]; tensors (B,) ->
+    (scalar loss, info)."""
     loss = (weight * rl + (1 - weight) * sft_coef * sft + kl_coef * kl + fidelity_coef * fidelity).mean()
     return loss, {"rl_loss": rl.mean().detach(), "sft_loss": sft.mean().detach(), "kl": kl.mean().detach(),
                   "fidelity_loss": fidelity.mean().detach()}
@@ -83,7 +86,7 @@ class FidelityController:
     2020, arXiv 2007.03964). budget < 0: off, the coefficient is 0.
     """
 
-    def __init__(self, budget, base=2e-3, kp=5.0, ki=0.4, limit=0.5, span=4.0, smooth=0.3):
+    def __init__(self, budget, base=3e-4, kp=3.0, ki=0.15, limit=0.5, span=4.0, smooth=0.5):
         self.budget, self.base, self.kp, self.ki, self.limit, self.span = budget, base, kp, ki, limit, span
         self.smooth, self.state = smooth, [0.0, 0.0]  # smoothed drop, integral
 
@@ -108,7 +111,7 @@ class Config:
     out: Annotated[str, "folder of the run; empty: runs/TASK"] = ""
     seed: Annotated[int, "seed of inputs, sampler and losses"] = 0
     # rollout
-    iterations: Annotated[int, "rounds of rollout and update"] = 14
+    iterations: Annotated[int, "rounds of rollout and update"] = 10
     inputs: Annotated[int, "lq images per iteration"] = 16
     samples_per_input: Annotated[int, "restorations of each"] = 4
     pool: Annotated[int, "training inputs that recur; the memory keeps a history of each"] = 64
@@ -120,12 +123,12 @@ class Config:
     updates: Annotated[int, "optimizer steps per rollout"] = 2
     train_steps: Annotated[int, "denoising steps drawn for the update in each iteration; 0: all"] = 4
     micro_batch: Annotated[int, "samples in memory at once"] = 64
-    lr: Annotated[float, "learning rate of AdamW"] = 5e-5
+    lr: Annotated[float, "learning rate of AdamW at the start; a cosine takes it to a tenth"] = 5e-5
     clip_range: Annotated[float, "of the ratio of mean log-densities"] = 2e-3
     kl_coef: Annotated[float, "beta, weight of the KL to the SFT restorer"] = 0.01
     average: Annotated[float, "decay per optimizer step of the weight average that is saved; 0: the last weights"] = 0.9
     # RL against SFT
-    weight: Annotated[str, "baseline, running, or fixed:W (fixed:0 is pure SFT, fixed:1 pure RL)"] = "baseline"
+    weight: Annotated[str, "baseline, running, or fixed:W (0: SFT loss only, 1: RL loss only)"] = "baseline"
     distance: Annotated[str, "of difficulty: iqa_gap, mse or ssim"] = "iqa_gap"
     sft_coef: Annotated[float, "lambda, weight of the SFT loss"] = 0.01
     fidelity_budget: Annotated[float, "PSNR-Y in dB that RL may cost on its inputs; -1: off"] = 0.2
@@ -145,13 +148,15 @@ def check(cfg):
     for name in ("iterations", "inputs", "samples_per_input", "pool", "updates", "micro_batch", "save_every"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
-    if cfg.micro_batch % cfg.samples_per_input:
-        raise UserError(f"--micro-batch {cfg.micro_batch}: must be a multiple of --samples-per-input "
-                        f"{cfg.samples_per_input}")
+    if cfg.memory < 4:
+        raise UserError(f"--memory {cfg.memory}: must be at least 4, the least history that an advantage uses")
+    if cfg.train_steps < 0 or not 0 <= cfg.average < 1:
+        raise UserError(f"--train-steps {cfg.train_steps}, --average {cfg.average}: must be at least 0, the average "
+                        "below 1")
     if cfg.inputs > cfg.pool:
         raise UserError(f"--inputs {cfg.inputs}: more than --pool {cfg.pool}; enlarge the pool")
-    if cfg.eta == 0:
-        raise UserError("--eta 0: a deterministic sampler has no log-probabilities to learn from; use 1")
+    if cfg.eta <= 0 and cfg.eta != -1:
+        raise UserError(f"--eta {cfg.eta}: a deterministic sampler has no log-probabilities to learn from; use 1")
     if cfg.reward == "judge2":
         raise UserError("--reward judge2: it is the independent check and never a reward; use judge")
     if cfg.reward in UNSAFE:
@@ -163,6 +168,19 @@ def check(cfg):
         Difficulty(cfg.weight)
     except ValueError as error:
         raise UserError(f"--weight: {error}") from None
+
+
+def check_resume(cfg, path):
+    """Raises UserError if cfg differs from the saved one in more than how long and where the run goes on."""
+    import json
+
+    from utils import UserError
+    free = ("iterations", "out", "resume", "save_every", "device")
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    changed = [f"--{key.replace('_', '-')} {value}" for key, value in saved.items()
+               if key not in free and getattr(cfg, key, value) != value]
+    if changed:
+        raise UserError(f"--resume: the run was started with {' '.join(changed)}; resume with the same")
 
 
 def judged_every(reward_mode):
@@ -211,17 +229,19 @@ def distances(batch, reward_hq, kind):
     return mse(batch["image"], batch["hq"]) if kind == "mse" else ssim_distance(batch["ssim"])
 
 
-def step_advantages(batch, keys, cap, memory):
-    """Advantages (N, B) of every denoising step; a step that was not judged takes the next judged one's."""
+def step_advantages(batches, memory):
+    """Advantages of every denoising step, a (N, B) tensor per batch; a step that was not judged takes the next judged
+    one's. All batches count as one, so that the result does not depend on the micro-batch."""
     from difficulty import advantages
-    count = len(batch["trajectory"].t)
-    result, many = [None] * count, len(batch["rewards"]) > 1
+    sizes, count = [len(b["keys"]) for b in batches], len(batches[0]["trajectory"].t)
+    keys, cap = sum((b["keys"] for b in batches), []), torch.cat([b["cap"] for b in batches])
+    result, judged = [None] * count, batches[0]["rewards"]
     for k in range(count - 1, -1, -1):
-        if k in batch["rewards"]:
-            own = [f"{key}:{k}" for key in keys] if many else keys
-            latest = advantages(torch.minimum(batch["rewards"][k], cap), own, memory)
+        if k in judged:
+            own = [f"{key}:{k}" for key in keys] if len(judged) > 1 else keys
+            latest = advantages(torch.minimum(torch.cat([b["rewards"][k] for b in batches]), cap), own, memory)
         result[k] = latest
-    return torch.stack(result)
+    return torch.stack(result).split(sizes, dim=1)
 
 
 def update(restorer, reference, average, optimizer, batches, cfg, fidelity_coef, noise):
@@ -235,7 +255,8 @@ def update(restorer, reference, average, optimizer, batches, cfg, fidelity_coef,
     usable = batches[0]["trajectory"].stochastic.nonzero().flatten().cpu()
     drawn = usable[torch.randperm(len(usable), generator=noise)][:cfg.train_steps or None]
     logs, first = [], None
-    for part in drawn.chunk(min(cfg.updates, len(drawn))):
+    total = sum(len(batch["lq"]) for batch in batches)
+    for part in drawn.tensor_split(min(cfg.updates, len(drawn))):
         optimizer.zero_grad()
         for batch in batches:
             path, lq, hq, weight = batch["trajectory"], batch["lq"], batch["hq"], batch["weight"]
@@ -253,7 +274,7 @@ def update(restorer, reference, average, optimizer, batches, cfg, fidelity_coef,
                 fidelity = fidelity_loss(step.x0, batch["z0"], a)
                 loss, parts = combined_loss(rl, sft.repeat_interleave(cfg.samples_per_input), kl, fidelity, weight,
                                             cfg.sft_coef, cfg.kl_coef, fidelity_coef)
-                (loss / (len(part) * len(batches))).backward()
+                (loss * len(lq) / (len(part) * total)).backward()
                 first = info["ratio_error"].item() if first is None else first
                 logs.append({key: value.item() for key, value in {**info, **parts, "loss": loss.detach()}.items()})
         grad_norm = torch.nn.utils.clip_grad_norm_(restorer.trainable(), 1.0)
@@ -280,9 +301,9 @@ def measure_pool(restorer, judge, pool, cfg, noise, memory, difficulty):
         keys = [str(i) for i in range(start, start + len(lq)) for _ in range(repeats)]
         reward_hq = judge(hq, hq)
         batch = collect(restorer, judge, lq.repeat_interleave(repeats, 0), hq.repeat_interleave(repeats, 0), cfg, noise)
-        cap = reward_hq.repeat_interleave(repeats)
-        step_advantages(batch, keys, cap, memory)
-        difficulty.observe(keys, distances(batch, cap, cfg.distance))
+        batch |= {"keys": keys, "cap": reward_hq.repeat_interleave(repeats)}
+        step_advantages([batch], memory)
+        difficulty.observe(keys, distances(batch, batch["cap"], cfg.distance))
         result["psnr_y"] += batch["psnr_y"].view(-1, repeats).mean(1).tolist()
         result["reward_hq"] += reward_hq.tolist()
     difficulty.set_anchor()
@@ -306,6 +327,12 @@ def train(cfg):
     out, device, degrade = Path(cfg.out or f"runs/{cfg.task}"), pick_device(cfg.device), get_task(cfg.task)
     restorer = load(cfg.model, device, cfg.dtype, cfg.task)
     cfg.steps, cfg.eta = cfg.steps or restorer.defaults["steps"], cfg.eta if cfg.eta > 0 else restorer.defaults["eta"]
+    times = restorer.scheduler.config.num_train_timesteps
+    if cfg.steps < 2 or times % cfg.steps or cfg.eta <= 0:
+        raise UserError(f"--steps {cfg.steps}, --eta {cfg.eta}: steps must divide {times} and be at least 2, eta be "
+                        "above 0, else a step is missing, of nearly no noise, or has no log-probability")
+    if cfg.size % restorer.multiple:
+        raise UserError(f"--size {cfg.size}: must be a multiple of {restorer.multiple}")
     restorer.defaults |= {"task": cfg.task, "steps": cfg.steps, "eta": cfg.eta}
     reference, judge = restorer.frozen_copy(), load_reward(cfg.reward, device)
     optimizer = torch.optim.AdamW(restorer.trainable(), lr=cfg.lr, weight_decay=0.0)
@@ -317,7 +344,7 @@ def train(cfg):
     controller = FidelityController(cfg.fidelity_budget)
     generators = {name: generator(cfg.seed, 20, i) for i, name in enumerate(("inputs", "rollout", "update"))}
     fixed = generator(cfg.seed, 21)
-    hq = random_crops(photographs("train", cfg.data), cfg.pool, cfg.size, fixed)
+    hq = random_crops(photographs("train", cfg.data, cfg.size), cfg.pool, cfg.size, fixed)
     pool = (degrade(hq, fixed).to(device), hq.to(device))
     modules, rows, start = {"net": restorer.net, "average": average}, [], 0
     watched = held_out(cfg.task, cfg.data, "val", 32, cfg.size, device)[:2]
@@ -330,6 +357,7 @@ def train(cfg):
     if cfg.resume:
         if not (out / "checkpoint.safetensors").exists():
             raise UserError(f"--resume: no checkpoint in {out}; start without it")
+        check_resume(cfg, out / "config.json")
         info = load_checkpoint(out / "checkpoint.safetensors", modules, optimizer, generators)
         start, rows, baseline, controller.state = info["iteration"], info["rows"], info["baseline"], info["controller"]
         memory.load_state_dict(info["memory"]), difficulty.load_state_dict(info["difficulty"])
@@ -344,15 +372,14 @@ def train(cfg):
         # rollout and reward, in batches that fit into memory
         chosen = torch.randperm(cfg.pool, generator=generators["inputs"])[:cfg.inputs]
         batches = []
-        for ids in chosen.split(cfg.micro_batch // cfg.samples_per_input):
-            ids = ids.repeat_interleave(cfg.samples_per_input)
+        for ids in chosen.split(max(1, cfg.micro_batch // cfg.samples_per_input)):
+            ids = ids.repeat_interleave(cfg.samples_per_input).to(device)
             batch = collect(restorer, judge, pool[0][ids], pool[1][ids], cfg, generators["rollout"])
-            batches.append(batch | {"keys": [str(i) for i in ids.tolist()], "ids": ids.to(device)})
+            batches.append(batch | {"keys": [str(i) for i in ids.tolist()], "ids": ids, "cap": reward_hq[ids]})
 
         # advantage from the memory of each input
-        for batch in batches:
-            batch["cap"] = reward_hq[batch["ids"]]
-            batch["advantage"] = step_advantages(batch, batch["keys"], batch["cap"], memory)
+        for batch, advantage in zip(batches, step_advantages(batches, memory)):
+            batch["advantage"] = advantage
 
         # difficulty, weights, and the balance between RL and SFT
         for batch in batches:
@@ -363,7 +390,8 @@ def train(cfg):
         drop = torch.cat([psnr_sft[b["ids"]] - b["psnr_y"] for b in batches]).mean().item()
         fidelity_coef = controller.update(drop)
 
-        # update
+        # update, the learning rate falling by a cosine to a tenth, so that the run settles
+        optimizer.param_groups[0]["lr"] = cfg.lr * (0.55 + 0.45 * math.cos(math.pi * iteration / cfg.iterations))
         began = time.perf_counter()
         losses = update(restorer, reference, average, optimizer, batches, cfg, fidelity_coef, generators["update"])
 

@@ -158,6 +158,8 @@ def tiled_predict(restorer, tile, overlap):
     restored tiles at the end: two random samples averaged would be blurred where tiles meet.
     """
     m = restorer.multiple
+    tile = max(m, tile // m * m)
+    overlap = min(overlap // m * m, tile - m)
 
     def predict(z_t, t, lq):
         height, width = lq.shape[-2:]
@@ -235,6 +237,8 @@ def main():
         found = list_images(name) if name.is_dir() else [name]
         files += [(f, Path(cfg.out) / (f.relative_to(name) if name.is_dir() else Path(f.name)).with_suffix(".png"))
                   for f in found]
+    if len({target for _, target in files}) < len(files):
+        raise UserError("two inputs would be written to one PNG; restore them into different --out folders")
     if not files:
         raise UserError(f"{' '.join(inputs)}: no images found")
     device = pick_device(cfg.device)

@@ -102,9 +102,11 @@ def train(cfg):
     for name in (cfg.dtype, cfg.store):
         if name not in DTYPES:
             raise UserError(f"--dtype/--store {name}: unknown; choose one of {', '.join(DTYPES)}")
-    photos = photographs("train", cfg.data)
+    photos = photographs("train", cfg.data, cfg.size)
     restorer = (load(cfg.model, device, cfg.dtype) if cfg.model
                 else PixelRestorer.create(seed=cfg.seed).to(device, DTYPES[cfg.dtype]))
+    if cfg.size % restorer.multiple:
+        raise UserError(f"--size {cfg.size}: must be a multiple of {restorer.multiple}")
     restorer.defaults["task"] = cfg.task
     optimizer = torch.optim.AdamW(restorer.trainable(), lr=cfg.lr)
     average = torch.optim.swa_utils.AveragedModel(
@@ -147,7 +149,7 @@ def train(cfg):
     restorer.net.load_state_dict(average.module.state_dict())
     restorer.net.eval()
     restorer.save(out / "model", DTYPES[cfg.store])
-    hq = grid_crops(photographs("val", cfg.data), 64, cfg.size, generator(cfg.seed, 3))[0].to(device)
+    hq = grid_crops(photographs("val", cfg.data, cfg.size), 64, cfg.size, generator(cfg.seed, 3))[0].to(device)
     lq = degrade(hq, generator(cfg.seed, 4))
     scores, restored = evaluate(restorer, lq, hq, {}, restorer.defaults["steps"], restorer.defaults["eta"], [0])
     baseline, _ = evaluate(None, lq, hq, {}, 0, 0, [0])

@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 import typing
-import warnings
 from pathlib import Path
 
 import torch
@@ -53,9 +52,10 @@ def read_image(path):
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
-            if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # 16-bit grey: PIL would clip, not scale
-                grey = np.asarray(image, dtype=np.float32)
-                return torch.from_numpy(np.repeat(grey[None] / 65535.0, 3, axis=0)).clamp(0, 1) * 2 - 1
+            if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # PIL would clip to 255, not scale
+                full = 1.0 if image.mode == "F" else 65535.0  # float files hold [0, 1], integer ones 16 bits
+                grey = np.asarray(image, dtype=np.float32) / full
+                return torch.from_numpy(np.repeat(grey[None], 3, axis=0)).clamp(0, 1) * 2 - 1
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -177,14 +177,13 @@ def parse(config_class, argv=None, description=None, positional=None):
 
 
 def quiet():
-    """Silences three known messages at their source; every other warning still prints.
+    """Silences two known messages at their source; every other warning still prints.
 
     bitsandbytes (installed by pyiqa, imported by diffusers) looks for an optional CPU kernel we never call;
-    transformers announces its weight-loading bar for a judge of one file; matplotlib builds its font cache once.
+    matplotlib announces that it builds its font cache, once.
     """
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*Glyph .* missing from font.*")
 
 
 def run_main(main):
@@ -196,5 +195,5 @@ def run_main(main):
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("stopped; a run with --resume goes on from its last checkpoint", file=sys.stderr)
+        print("stopped; what was written stays", file=sys.stderr)
         raise SystemExit(130) from None

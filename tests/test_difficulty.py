@@ -20,23 +20,27 @@ def test_advantage_equals_a_plain_loop():
         got = advantages(rewards, keys, memory, min_count=4, clip=5.0, delta=1e-4)
         for key, reward in zip(keys, rewards.tolist()):
             seen[key] = (seen.get(key, []) + [reward])[-6:]
-        for i, key in enumerate(keys):
+        expected = []
+        for reward, key in zip(rewards.tolist(), keys):
             h = seen[key] if len(seen[key]) >= 4 else rewards.tolist()
-            expected = (rewards[i].item() - statistics.fmean(h)) / (statistics.pstdev(h) + 1e-4)
-            assert got[i].item() == pytest.approx(expected, abs=1e-4)
+            expected.append((reward - statistics.fmean(h)) / (statistics.pstdev(h) + 1e-4))
+        centred = [a - statistics.fmean(expected) for a in expected]
+        assert got.tolist() == pytest.approx(centred, abs=1e-4)
 
 
 def test_advantage_is_clipped_and_finite_for_equal_rewards():
     memory = RewardMemory()
     assert (advantages(torch.full((8,), 0.3), ["a"] * 8, memory).abs() < 1e-2).all()
-    spike = advantages(torch.tensor([9.0]), ["a"], memory, clip=2.0)
-    assert spike.item() == pytest.approx(2.0)
+    spike = advantages(torch.tensor([9.0] + [0.3] * 7), ["a"] * 8, memory, clip=2.0)
+    assert spike[0].item() == pytest.approx(2.0) and spike[1:].max() < 0
 
 
-def test_a_lone_sample_has_a_signal_thanks_to_its_history():
+def test_lone_samples_have_a_signal_thanks_to_their_history():
+    """Two inputs, one sample each, the same reward: good news for one of them, bad news for the other."""
     memory = RewardMemory()
-    advantages(torch.tensor([0.1, 0.2, 0.3, 0.2]), ["a"] * 4, memory)
-    assert advantages(torch.tensor([0.4]), ["a"], memory).item() > 1
+    advantages(torch.tensor([0.1, 0.2, 0.3, 0.2, 0.7, 0.8, 0.9, 0.8]), ["a"] * 4 + ["b"] * 4, memory)
+    a, b = advantages(torch.tensor([0.5, 0.5]), ["a", "b"], memory).tolist()
+    assert a > 1 > -1 > b
 
 
 def test_memory_is_bounded_and_survives_json():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rl
-from rl import Config, FidelityController, check, combined_loss, kl_to_reference, policy_loss
+from rl import Config, FidelityController, check, combined_loss, fidelity_loss, kl_to_reference, policy_loss
 from utils import UserError
 
 
@@ -35,41 +35,47 @@ def test_kl_equals_torch_distributions(gen):
 
 
 def test_combined_loss_equals_a_loop(gen):
-    part, sft, kl, weight = (torch.rand(5, generator=gen) for _ in range(4))
-    expected = sum(w * a + (1 - w) * 0.3 * b for w, a, b in zip(weight, part, sft)) / 5 + 0.1 * sum(kl) / 5
-    torch.testing.assert_close(combined_loss(part, sft, kl, weight, 0.3, 0.1)[0], expected)
-    assert combined_loss(part, sft, kl, torch.ones(5), 0.3, 0.0)[0] == pytest.approx(part.mean().item())
+    part, sft, kl, fidelity, weight = (torch.rand(5, generator=gen) for _ in range(5))
+    expected = sum(w * a + (1 - w) * 0.3 * b for w, a, b in zip(weight, part, sft)) / 5
+    expected += 0.1 * sum(kl) / 5 + 0.2 * sum(fidelity) / 5
+    torch.testing.assert_close(combined_loss(part, sft, kl, fidelity, weight, 0.3, 0.1, 0.2)[0], expected)
+    pure = combined_loss(part, sft, kl, fidelity, torch.ones(5), 0.3, 0.0, 0.0)[0]
+    assert pure == pytest.approx(part.mean().item())
+
+
+def test_fidelity_loss_weighs_early_steps_more():
+    x0, z0 = torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
+    assert fidelity_loss(x0, z0, torch.tensor([0.0, 0.9])).tolist() == pytest.approx([1.0, 0.01])
 
 
 def test_controller_settles_at_the_budget():
-    """A plant with delay: RL pushes the drop up, the SFT term pulls it back in proportion to its coefficient."""
+    """A plant with delay: RL pushes the drop up, the fidelity loss pulls it back in proportion to its coefficient."""
     def run(kp):
-        controller, velocity, drop, path = FidelityController(0.05, 0.1, kp=kp), 0.0, 0.0, []
+        controller, velocity, drop, path = FidelityController(0.1, kp=kp), 0.0, 0.0, []
         for _ in range(400):
             coef = controller.update(drop)
-            velocity += 0.3 * ((0.03 - 0.2 * coef * (1 + drop)) - velocity)
+            velocity += 0.3 * ((0.03 - 10 * coef * (1 + drop)) - velocity)
             drop += velocity
             path.append(drop)
         return path
-    damped = run(FidelityController(0, 0).kp)
+    damped = run(FidelityController(0.1).kp)
     assert abs(damped[-1] - 0.1) < 0.02 and max(damped) < max(run(0.0))
 
 
-def test_controller_off_leaves_the_coefficient():
-    controller = FidelityController(0.05, -1)
-    assert controller.update(3.0) == 0.05
+def test_controller_off_means_no_fidelity_loss():
+    assert FidelityController(-1.0).update(3.0) == 0.0
 
 
 @pytest.mark.parametrize("changes, words", (
     ({"weight": "fixed:3"}, "--weight"), ({"eta": 0.0}, "--eta"), ({"reward": "judge2"}, "--reward"),
     ({"reward": "pyiqa:piqe"}, "--reward"), ({"reward_mode": "step:0"}, "--reward-mode"), ({"inputs": 999}, "--pool"),
-    ({"micro_batch": 6}, "--micro-batch"), ({"iterations": 0}, "--iterations"), ({"distance": "lpips"}, "--distance")))
+    ({"memory": 2}, "--memory"), ({"average": 1.0}, "--average"), ({"iterations": 0}, "--iterations"), ({"distance": "lpips"}, "--distance")))
 def test_bad_flags_are_named(changes, words):
     with pytest.raises(UserError, match=words):
         check(Config(**changes))
 
 
-SMALL = dict(iterations=4, inputs=2, samples_per_input=2, pool=4, size=64, steps=3, train_steps=0, micro_batch=4,
+SMALL = dict(iterations=4, inputs=2, samples_per_input=2, pool=4, size=64, steps=4, train_steps=0, micro_batch=4,
              save_every=2, dtype="float32", device="cpu")
 
 
@@ -79,8 +85,11 @@ def run(tmp_path, tiny_restorer, photo_folder, monkeypatch):
     tiny_restorer(seed=5).save(tmp_path / "start")
     import reward
     real = reward.load
+
+    def toy(images, refs=None):
+        return images.mean((1, 2, 3))
     monkeypatch.setattr(reward, "load", lambda name, device="cpu": (
-        (lambda images, refs=None: images.mean((1, 2, 3))) if name in ("toy", "judge", "judge2") else real(name, device)))
+        toy if name in ("toy", "judge", "judge2") else real(name, device)))
     monkeypatch.setattr(rl, "report", lambda *args: None)
 
     def train(out, **changes):
@@ -139,10 +148,46 @@ def test_resumed_run_equals_an_unstopped_one(run, monkeypatch):
     assert json.loads((stopped / "config.json").read_text())["iterations"] == 4
 
 
+@pytest.mark.parametrize("judged", ((3,), (3, 1), (3, 2, 1, 0)))
+def test_advantages_do_not_depend_on_the_micro_batch(judged, gen):
+    """Three micro-batches of 2 samples or one of 6: the same advantages, and a step without a judge takes the next."""
+    from types import SimpleNamespace
+
+    from difficulty import RewardMemory
+    rewards, keys = {k: torch.rand(6, generator=gen) for k in judged}, ["0", "0", "1", "1", "2", "2"]
+
+    def batch(part):
+        return {"keys": keys[part], "cap": torch.ones(6)[part], "trajectory": SimpleNamespace(t=torch.arange(4)),
+                "rewards": {k: r[part] for k, r in rewards.items()}}
+    whole = rl.step_advantages([batch(slice(0, 6))], RewardMemory())[0]
+    parts = rl.step_advantages([batch(slice(i, i + 2)) for i in (0, 2, 4)], RewardMemory())
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+    for k in range(4):
+        assert torch.equal(whole[k], whole[min(j for j in judged if j >= k)])
+
+
+@pytest.mark.parametrize("reward, distance", (("psnr", "iqa_gap"), ("ssim", "mse")))
+def test_reference_rewards_train(reward, distance, run):
+    log = rows(run("ref", reward=reward, distance=distance, iterations=1))
+    assert math.isfinite(log[1]["loss"]) and 0 <= log[1]["weight"] <= 1
+
+
+@pytest.mark.parametrize("updates", (1, 3, 5))
+def test_every_optimizer_step_is_taken(updates, run, monkeypatch):
+    steps, original = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (steps.append(1), original(self, *a))[1])
+    run("count", updates=updates, iterations=1)
+    assert len(steps) == min(updates, 3)  # 4 denoising steps, the last of them without noise
+
+
 def test_resume_without_a_checkpoint_or_with_another_model_is_an_error(run, tiny_restorer, tmp_path):
     with pytest.raises(UserError, match="--resume"):
         run("nothing", resume=True)
     run("done")
+    with pytest.raises(UserError, match="--seed 0"):
+        run("done", resume=True, seed=4)
+    with pytest.raises(UserError, match="--steps"):
+        run("odd", steps=3)
     tiny_restorer(layers_per_block=2).save(tmp_path / "start")
     with pytest.raises(UserError, match="does not fit"):
         run("done", resume=True)

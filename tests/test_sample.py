@@ -121,6 +121,12 @@ def test_tiles_cover_everything(length, tile, overlap):
     assert all(b - a <= tile - overlap for a, b in zip(starts, starts[1:]))
 
 
+@pytest.mark.parametrize("tile, overlap", ((32, 8), (30, 7), (4, 0), (100, 99)))
+def test_any_tile_size_works(tile, overlap, tiny_restorer, gen):
+    lq = torch.rand(1, 3, 48, 40, generator=gen) * 2 - 1
+    assert restore(tiny_restorer(), lq, 2, 1.0, gen, tile=tile, overlap=overlap).isfinite().all()
+
+
 @pytest.mark.parametrize("height, width", ((16, 16), (19, 33), (3, 5), (70, 41)))
 def test_restore_any_size(height, width, tiny_restorer, gen):
     lq = torch.rand(1, 3, height, width, generator=gen) * 2 - 1
