@@ -315,7 +315,8 @@ def build_judge(recipe, patch=8):
     config = tf.AutoConfig.for_model(
         recipe["model_type"], **special, tie_word_embeddings=recipe["tie"],
         vision_config={**shape, "spatial_merge_size": 2, **recipe["vision"]},
-        text_config={**TEXT, "vocab_size": len(tokenizer), **recipe["text"]})
+        text_config={**TEXT, "vocab_size": len(tokenizer), "bos_token_id": None,
+                     "eos_token_id": tokenizer.eos_token_id, **recipe["text"]})
     with torch.random.fork_rng(devices=[]):  # transformers initializes from the global generator only
         torch.manual_seed(recipe["seed"])
         model = tf.AutoModelForImageTextToText.from_config(config)

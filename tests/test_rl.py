@@ -191,3 +191,10 @@ def test_resume_without_a_checkpoint_or_with_another_model_is_an_error(run, tiny
     tiny_restorer(layers_per_block=2).save(tmp_path / "start")
     with pytest.raises(UserError, match="does not fit"):
         run("done", resume=True)
+
+
+def test_every_logged_column_is_in_the_readme(run):
+    from conftest import ROOT
+    readme = (ROOT / "README.md").read_text()
+    columns = [key for key in rows(run("columns", iterations=1))[-1] if key != "iteration"]
+    assert len(columns) > 20 and not [key for key in columns if f"`{key}`" not in readme]
