@@ -54,6 +54,12 @@ def policy_loss(log_prob, old_log_prob, advantage, clip_range):
     return loss, info
 
 
+def learning_rate(iteration, total, peak, warmup=4):
+    """A linear rise over the first iterations, because Adam's first steps have full length on a gradient that is still
+    mostly noise; then a cosine down to a tenth, so that the run settles."""
+    return peak * min(1.0, (iteration + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * iteration / total))
+
+
 def kl_to_reference(mean, ref_mean, sigma_t):
     """KL between Gaussians of the same sigma_t (B,) > 0: ||mean - ref_mean||^2 / (2 sigma_t^2), mean over C, H, W;
     means (B, C, h, w) -> (B,)."""
@@ -86,7 +92,7 @@ class FidelityController:
     2020, arXiv 2007.03964). budget < 0: off, the coefficient is 0.
     """
 
-    def __init__(self, budget, base=3e-4, kp=3.0, ki=0.15, limit=0.5, span=4.0, smooth=0.5):
+    def __init__(self, budget, base=2e-4, kp=2.0, ki=0.1, limit=0.5, span=4.0, smooth=0.5):
         self.budget, self.base, self.kp, self.ki, self.limit, self.span = budget, base, kp, ki, limit, span
         self.smooth, self.state = smooth, [0.0, 0.0]  # smoothed drop, integral
 
@@ -111,7 +117,7 @@ class Config:
     out: Annotated[str, "folder of the run; empty: runs/TASK"] = ""
     seed: Annotated[int, "seed of inputs, sampler and losses"] = 0
     # rollout
-    iterations: Annotated[int, "rounds of rollout and update"] = 10
+    iterations: Annotated[int, "rounds of rollout and update"] = 16
     inputs: Annotated[int, "lq images per iteration"] = 16
     samples_per_input: Annotated[int, "restorations of each"] = 4
     pool: Annotated[int, "training inputs that recur; the memory keeps a history of each"] = 64
@@ -121,9 +127,9 @@ class Config:
     memory: Annotated[int, "latest rewards of an input that its memory keeps"] = 8
     # update
     updates: Annotated[int, "optimizer steps per rollout"] = 2
-    train_steps: Annotated[int, "denoising steps drawn for the update in each iteration; 0: all"] = 4
+    train_steps: Annotated[int, "denoising steps drawn for the update in each iteration; 0: all"] = 6
     micro_batch: Annotated[int, "samples in memory at once"] = 64
-    lr: Annotated[float, "learning rate of AdamW at the start; a cosine takes it to a tenth"] = 5e-5
+    lr: Annotated[float, "peak learning rate of AdamW, see learning_rate"] = 5e-5
     clip_range: Annotated[float, "of the ratio of mean log-densities"] = 2e-3
     kl_coef: Annotated[float, "beta, weight of the KL to the SFT restorer"] = 0.01
     average: Annotated[float, "decay per optimizer step of the weight average that is saved; 0: the last weights"] = 0.9
@@ -390,8 +396,8 @@ def train(cfg):
         drop = torch.cat([psnr_sft[b["ids"]] - b["psnr_y"] for b in batches]).mean().item()
         fidelity_coef = controller.update(drop)
 
-        # update, the learning rate falling by a cosine to a tenth, so that the run settles
-        optimizer.param_groups[0]["lr"] = cfg.lr * (0.55 + 0.45 * math.cos(math.pi * iteration / cfg.iterations))
+        # update
+        optimizer.param_groups[0]["lr"] = learning_rate(iteration, cfg.iterations, cfg.lr)
         began = time.perf_counter()
         losses = update(restorer, reference, average, optimizer, batches, cfg, fidelity_coef, generators["update"])
 
