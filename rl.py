@@ -20,9 +20,8 @@ Chosen here:
  3. Only steps with sigma_t > 0 enter; `updates` optimizer steps share one rollout, each with its own part of the steps.
  4. The reward is capped at the ground truth's own score: to be judged better than a real photograph is no merit.
  5. mu controls itself (--fidelity-budget, FidelityController): the balance of the gradients decides between no
-    progress and reward hacking, and no constant suits two seeds. Why not lambda: at the SFT optimum the gradient of
-    the SFT loss is nothing but noise, which Adam scales up until it drowns the RL signal; it holds the weights, not
-    the PSNR. L_fid acts on the very states that RL creates, at no extra network pass.
+    progress and reward hacking, and no constant suits two seeds. Why not lambda: in trials it held no
+    PSNR; near the SFT optimum the SFT gradient should be mostly noise, which Adam scales up (our guess, no ablation). L_fid acts on the very states that RL creates, at no extra network pass.
  6. What is evaluated and saved is a running average of the weights over the optimizer steps.
 
     python rl.py --task sr                                                              # laptop, a few minutes
