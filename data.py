@@ -5,10 +5,12 @@ A task is a pure, seeded, batched function lq = degrade(hq, generator) at the si
       super-resolution (DIV2K track 1, Agustsson and Timofte 2017), brought back to the hq size.
 
 Chosen here:
- 1. Photographs come inside the wheels of scikit-image and matplotlib, so a laptop needs no download. The split is
-    by image, never by crop; the two motorcycle views are one scene and stay on one side. Three splits: `train` for
-    SFT, judges and RL; `val` to watch and to tune; `test` only for tables.
+ 1. Photographs come inside the wheels of scikit-image, matplotlib and pyiqa, so a laptop needs no download. The split
+    is by image, never by crop; the two motorcycle views are one scene and stay on one side. Three splits: `train` for
+    SFT, judges and RL; `val` to watch and to tune; `test` (a garden, a beach, cars in the snow, all in pyiqa's wheel)
+    only for tables. A fourth one there, a night street through a wet lens, is no ground truth and is left out.
  2. Training crops are shrunk by 1, 2 or 3 with an area filter: more scales, and the JPEG blocks of sources vanish.
+    pyiqa's photographs are JPEGs of a megapixel and are shrunk by 2 for the same reason.
  3. A crop without detail (sky, black border) tells neither the restorer nor the judge anything, so training crops
     whose brightness has a standard deviation under 0.04 are drawn again, and evaluation takes crops whose
     neighbouring pixels differ by 0.03 or more, as 97 % of the training crops do: a smooth crop looks the same at any
@@ -27,13 +29,14 @@ import torch
 import torch.nn.functional as F
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-SKIMAGE, MATPLOTLIB = "skimage/data", "matplotlib/mpl-data/sample_data"
+SKIMAGE, MATPLOTLIB, PYIQA = "skimage/data", "matplotlib/mpl-data/sample_data", "tests/test_efficiency_img_dir"
 SHIPPED = {
     "train": [f"{SKIMAGE}/{name}" for name in (
         "astronaut.png", "coffee.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg", "ihc.png",
         "hubble_deep_field.jpg", "retina.jpg", "brick.png", "grass.png", "gravel.png")],
-    "val": [f"{MATPLOTLIB}/grace_hopper.jpg", f"{SKIMAGE}/coins.png"],
-    "test": [f"{SKIMAGE}/chelsea.png", f"{SKIMAGE}/camera.png"],
+    "val": [f"{MATPLOTLIB}/grace_hopper.jpg"] + [f"{SKIMAGE}/{name}.png" for name in ("coins", "chelsea", "camera")],
+    "test": [f"{PYIQA}/{name}.jpg" for name in (
+        "frame_4wrwr48cdk6rbcjl", "frame_7gzdcz9sif0ekg31", "frame_9ogwhvvy7gfj6jzh")],
 }
 
 
@@ -70,15 +73,19 @@ def get_task(name):
 # ---- photographs ----
 
 class Photographs:
-    """A list of (name, path), decoded on demand into uint8 (3, H, W); the most recent ones stay in memory."""
+    """A list of (name, path), decoded on demand into uint8 (3, H, W); the most recent ones stay in memory.
 
-    def __init__(self, paths, root, cache=64):
+    shrink: area downscaling of each photograph by this integer factor, a list, or None for none at all."""
+
+    def __init__(self, paths, root, cache=64, shrink=None):
         self.paths, self.names = list(paths), [str(Path(p).relative_to(root)) for p in paths]
+        self.shrink = shrink or [1] * len(self.paths)
         self.decode = functools.lru_cache(cache)(self._decode)
 
     def _decode(self, index):
         from utils import read_image, to_uint8
-        return to_uint8(read_image(self.paths[index]))
+        image = read_image(self.paths[index])
+        return to_uint8(F.avg_pool2d(image, self.shrink[index]))  # (3, H, W)
 
     def __len__(self):
         return len(self.paths)
@@ -97,12 +104,17 @@ def photographs(split, folder="", smallest=64):
     """
     from utils import UserError, read_image
     if not folder:
-        import matplotlib
-        import skimage
-        homes = {SKIMAGE: Path(skimage.__file__).parent.parent, MATPLOTLIB: Path(matplotlib.__file__).parent.parent}
-        root = {p: next(home for start, home in homes.items() if p.startswith(start)) for p in SHIPPED[split]}
-        found = Photographs([root[p] / p for p in SHIPPED[split]], "/")
-        found.names = [Path(p).stem for p in SHIPPED[split]]
+        from importlib.util import find_spec
+        packages = {SKIMAGE: "skimage", MATPLOTLIB: "matplotlib", PYIQA: "pyiqa"}  # found without being imported
+        homes = {start: Path(find_spec(name).origin).parent.parent for start, name in packages.items()
+                 if find_spec(name)}
+        paths = [next((home / p for start, home in homes.items() if p.startswith(start)), Path(p))
+                 for p in SHIPPED[split]]
+        if missing := [str(p) for p in paths if not p.exists()]:
+            raise UserError(f"{missing[0]}: a photograph of the {split} split is missing; pip install -r requirements.txt "
+                            "brings it (in scikit-image, matplotlib or pyiqa 0.1.16), or use --data DIR")
+        found = Photographs(paths, "/", shrink=[2 if p.startswith(PYIQA) else 1 for p in SHIPPED[split]])
+        found.names = [p.stem for p in paths]
         return found
     if not Path(folder).is_dir():
         raise UserError(f"--data {folder}: no such folder; give a folder of photographs")
@@ -203,7 +215,7 @@ def grid_crops(photos, count, size, generator, min_fine_detail=0.03):
 @dataclass
 class Config:
     task: Annotated[str, "degradation, a key of data.TASKS"] = "sr"
-    data: Annotated[str, "folder of photographs; empty: those inside scikit-image and matplotlib"] = ""
+    data: Annotated[str, "folder of photographs; empty: those inside the packages"] = ""
     out: Annotated[str, "picture to write; empty: runs/data/TASK.png"] = ""
     size: Annotated[int, "side of a crop in pixels"] = 64
     seed: Annotated[int, "seed of the crops"] = 0

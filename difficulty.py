@@ -3,7 +3,7 @@
 Notation      symbol     shape
   reward      r          (B,)   higher is better
   history     h_i        the latest rewards of input i, at most `size` of them
-  advantage   A          (B,)   (r - mean(h_i)) / (std(h_i) + delta), clipped            METHOD [F], Eq. 5
+  advantage   A          (B,)   (r - mean(h_i)) / (std(h_i) + delta), centred, clipped   METHOD [F], Eq. 5
   distance    d          (B,)   from the restored image to its ground truth, >= 0        [A] what it is for, [R] how
   weight      w          (B,)   sigmoid(k (d - m) / s), m median and s spread of d       [F] w_i, [R] the formula
 

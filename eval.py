@@ -148,7 +148,7 @@ def aggregate(folders):
 @dataclass
 class Config:
     task: Annotated[str, "degradation, a key of data.TASKS; empty: the first model's"] = ""
-    data: Annotated[str, "folder of photographs; empty: those inside scikit-image and matplotlib"] = ""
+    data: Annotated[str, "folder of photographs; empty: those inside the packages"] = ""
     split: Annotated[str, "test (for tables) or val (for tuning)"] = "test"
     count: Annotated[int, "held-out crops at most"] = 64
     size: Annotated[int, "side of a crop in pixels"] = 64

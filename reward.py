@@ -378,7 +378,7 @@ class TrainConfig:
     name: Annotated[str, "which judge: judge or judge2"] = "judge"
     model: Annotated[str, "restorer whose outputs stand on the ladder; empty: the shipped one"] = ""
     out: Annotated[str, "folder to write; empty: weights/NAME"] = ""
-    steps: Annotated[int, "optimizer steps"] = 3200
+    steps: Annotated[int, "optimizer steps"] = 6000
     batch: Annotated[int, "images per step"] = 48
     pool: Annotated[int, "training crops, restored once"] = 2048
     size: Annotated[int, "side of a crop in pixels"] = 64

@@ -5,7 +5,7 @@ Reward" (arXiv 2511.01645). One iteration, i a sample, k a denoising step, theta
 
   1 rollout     z_T .. z_0 for each lq with stochastic DDIM; keep z_t, z_{t-1}, log p_old           sample.rollout
   2 reward      r_i = M(x_hat_i), or r_ik = M(decode(x0_hat(z_{t-1}))) for every k-th step          reward.py
-  3 advantage   A = (r - mean(history_i)) / (std(history_i) + delta)                                difficulty.py
+  3 advantage   A = (r - mean(history_i)) / (std(history_i) + delta), minus its batch mean          difficulty.py
   4 difficulty  d_i from ground truth, w_i = sigmoid(k (d_i - m) / s)                               difficulty.py
   5 update      L = mean_i [w_i L_RL,i + (1 - w_i) lambda L_SFT,i] + beta KL(p_theta || p_ref) + mu L_fid
                 L_RL,i = max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  rho = exp(log p_theta - log p_old)
@@ -20,8 +20,9 @@ Chosen here:
  3. Only steps with sigma_t > 0 enter; `updates` optimizer steps share one rollout, each with its own part of the steps.
  4. The reward is capped at the ground truth's own score: to be judged better than a real photograph is no merit.
  5. mu controls itself (--fidelity-budget, FidelityController): the balance of the gradients decides between no
-    progress and reward hacking, and no constant suits two seeds. Why not lambda: in trials it held no
-    PSNR; near the SFT optimum the SFT gradient should be mostly noise, which Adam scales up (our guess, no ablation). L_fid acts on the very states that RL creates, at no extra network pass.
+    progress and reward hacking, and no constant suits two seeds. Why not lambda: in trials it held no PSNR; near the
+    SFT optimum the SFT gradient should be mostly noise, which Adam scales up (our guess, no ablation). L_fid acts on
+    the very states that RL creates, at no extra network pass.
  6. What is evaluated and saved is a running average of the weights over the optimizer steps.
 
     python rl.py --task sr                                                              # laptop, a few minutes
@@ -112,7 +113,7 @@ class Config:
     task: Annotated[str, "degradation, a key of data.TASKS"] = "sr"
     model: Annotated[str, "folder of the SFT restorer to start from; empty: weights/TASK"] = ""
     reward: Annotated[str, "judge, mllm:FOLDER, psnr, psnr_y, ssim, pyiqa:NAME"] = "judge"
-    data: Annotated[str, "folder of photographs; empty: those inside scikit-image and matplotlib"] = ""
+    data: Annotated[str, "folder of photographs; empty: those inside the packages"] = ""
     out: Annotated[str, "folder of the run; empty: runs/TASK"] = ""
     seed: Annotated[int, "seed of inputs, sampler and losses"] = 0
     # rollout
@@ -349,6 +350,7 @@ def train(cfg):
     controller = FidelityController(cfg.fidelity_budget)
     generators = {name: generator(cfg.seed, 20, i) for i, name in enumerate(("inputs", "rollout", "update"))}
     fixed = generator(cfg.seed, 21)
+    photographs("test", cfg.data, cfg.size)  # a missing photograph ends the run here, not at its final table
     hq = random_crops(photographs("train", cfg.data, cfg.size), cfg.pool, cfg.size, fixed)
     pool = (degrade(hq, fixed).to(device), hq.to(device))
     modules, rows, start = {"net": restorer.net, "average": average}, [], 0

@@ -70,7 +70,7 @@ class Config:
     # what
     task: Annotated[str, "degradation, a key of data.TASKS"] = "sr"
     model: Annotated[str, "folder of a restorer to start from; empty: the small pixel restorer, random weights"] = ""
-    data: Annotated[str, "folder of photographs; empty: those inside scikit-image and matplotlib"] = ""
+    data: Annotated[str, "folder of photographs; empty: those inside the packages"] = ""
     out: Annotated[str, "folder of the run; empty: runs/sft_TASK"] = ""
     seed: Annotated[int, "seed of weights, crops, noise"] = 0
     # optimization
