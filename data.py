@@ -111,8 +111,8 @@ def photographs(split, folder="", smallest=64):
         paths = [next((home / p for start, home in homes.items() if p.startswith(start)), Path(p))
                  for p in SHIPPED[split]]
         if missing := [str(p) for p in paths if not p.exists()]:
-            raise UserError(f"{missing[0]}: a photograph of the {split} split is missing; pip install -r requirements.txt "
-                            "brings it (in scikit-image, matplotlib or pyiqa 0.1.16), or use --data DIR")
+            raise UserError(f"{missing[0]}: a photograph of the {split} split is missing; requirements.txt brings it "
+                            "(in scikit-image, matplotlib or pyiqa 0.1.16), or use --data DIR")
         found = Photographs(paths, "/", shrink=[2 if p.startswith(PYIQA) else 1 for p in SHIPPED[split]])
         found.names = [p.stem for p in paths]
         return found

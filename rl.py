@@ -87,24 +87,25 @@ class FidelityController:
     """Holds the fidelity that RL costs at a budget, by the coefficient of the fidelity loss: a Lagrange multiplier.
 
     drop = PSNR-Y in dB of the SFT restorer minus that of the present one, on the same inputs, smoothed over iterations.
-      e = clip(drop - budget, -limit, limit);   I <- clip(I + ki e, -span, span);   coefficient = base exp(kp e + I)
-    Dual ascent is the integral I alone; it answers late and oscillates. The proportional term damps it (Stooke et al.
-    2020, arXiv 2007.03964). budget < 0: off, the coefficient is 0.
+      e = drop - budget;   I <- clip(I + ki e, 0, span);   coefficient = base max(0, e + I)
+    Within the budget the coefficient is 0, as a multiplier of an inequality must be: the loss would only blur what the
+    reward has gained. Dual ascent is the integral I alone; it answers late and oscillates. The proportional term damps
+    it (Stooke et al. 2020, arXiv 2007.03964). budget < 0: off, the coefficient is 0.
     """
 
-    def __init__(self, budget, base=2e-4, kp=2.0, ki=0.1, limit=0.5, span=4.0, smooth=0.5):
-        self.budget, self.base, self.kp, self.ki, self.limit, self.span = budget, base, kp, ki, limit, span
-        self.smooth, self.state = smooth, [0.0, 0.0]  # smoothed drop, integral
+    def __init__(self, budget, base=1e-3, ki=0.1, span=1.0, smooth=0.5):
+        self.budget, self.base, self.ki, self.span, self.smooth = budget, base, ki, span, smooth
+        self.state = [0.0, 0.0]  # smoothed drop, integral
 
     def update(self, drop):
         """drop in dB, a float -> the coefficient for this iteration."""
         if self.budget < 0:
             return 0.0
         smoothed = self.smooth * self.state[0] + (1 - self.smooth) * drop
-        error = max(-self.limit, min(self.limit, smoothed - self.budget))
-        integral = max(-self.span, min(self.span, self.state[1] + self.ki * error))
+        error = smoothed - self.budget
+        integral = max(0.0, min(self.span, self.state[1] + self.ki * error))
         self.state = [smoothed, integral]
-        return self.base * math.exp(self.kp * error + integral)
+        return self.base * max(0.0, error + integral)
 
 
 @dataclass
