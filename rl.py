@@ -84,7 +84,7 @@ def combined_loss(rl, sft, kl, fidelity, weight, sft_coef, kl_coef, fidelity_coe
 
 
 class FidelityController:
-    """Holds the fidelity that RL costs at a budget, by the coefficient of the fidelity loss: a Lagrange multiplier.
+    """Meant to hold what RL costs in fidelity at a budget: the coefficient of the fidelity loss, a Lagrange multiplier.
 
     drop = PSNR-Y in dB of the SFT restorer minus that of the present one, on the same inputs, smoothed over iterations.
       e = drop - budget;   I <- clip(I + ki e, 0, span);   coefficient = base max(0, e + I)
