@@ -7,10 +7,10 @@ A task is a pure, seeded, batched function lq = degrade(hq, generator) at the si
 Chosen here:
  1. Photographs come inside the wheels of scikit-image, matplotlib and pyiqa, so a laptop needs no download. The split
     is by image, never by crop; the two motorcycle views are one scene and stay on one side. Three splits: `train` for
-    SFT, judges and RL; `val` to watch and to tune; `test` (a garden, a beach, cars in the snow, all in pyiqa's wheel)
-    only for tables. A fourth one there, a night street through a wet lens, is no ground truth and is left out.
+    SFT, judges and RL; `val` to watch and to tune; `test` only for tables: five reference photographs of TID2013
+    (Ponomarenko et al. 2015, cut from the Kodak set), which lie in pyiqa's wheel beside three photographs of `val`.
  2. Training crops are shrunk by 1, 2 or 3 with an area filter: more scales, and the JPEG blocks of sources vanish.
-    pyiqa's photographs are JPEGs of a megapixel and are shrunk by 2 for the same reason.
+    The three of `val` from pyiqa are JPEGs of a megapixel and are shrunk by 2 for the same reason.
  3. A crop without detail (sky, black border) tells neither the restorer nor the judge anything, so training crops
     whose brightness has a standard deviation under 0.04 are drawn again, and evaluation takes crops whose
     neighbouring pixels differ by 0.03 or more, as 97 % of the training crops do: a smooth crop looks the same at any
@@ -29,14 +29,16 @@ import torch
 import torch.nn.functional as F
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-SKIMAGE, MATPLOTLIB, PYIQA = "skimage/data", "matplotlib/mpl-data/sample_data", "tests/test_efficiency_img_dir"
+SKIMAGE, MATPLOTLIB = "skimage/data", "matplotlib/mpl-data/sample_data"
+PYIQA, TID2013 = "tests/test_efficiency_img_dir", "ResultsCalibra/ref_dir"  # both in pyiqa's wheel
 SHIPPED = {
     "train": [f"{SKIMAGE}/{name}" for name in (
         "astronaut.png", "coffee.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg", "ihc.png",
         "hubble_deep_field.jpg", "retina.jpg", "brick.png", "grass.png", "gravel.png")],
-    "val": [f"{MATPLOTLIB}/grace_hopper.jpg"] + [f"{SKIMAGE}/{name}.png" for name in ("coins", "chelsea", "camera")],
-    "test": [f"{PYIQA}/{name}.jpg" for name in (
-        "frame_4wrwr48cdk6rbcjl", "frame_7gzdcz9sif0ekg31", "frame_9ogwhvvy7gfj6jzh")],
+    "val": [f"{MATPLOTLIB}/grace_hopper.jpg"] + [f"{SKIMAGE}/{name}.png" for name in ("coins", "chelsea", "camera")] + [
+        f"{PYIQA}/{name}.jpg" for name in (
+            "frame_4wrwr48cdk6rbcjl", "frame_7gzdcz9sif0ekg31", "frame_9ogwhvvy7gfj6jzh")],
+    "test": [f"{TID2013}/{name}.bmp" for name in ("I03", "I04", "I06", "I08", "I19")],
 }
 
 
@@ -105,7 +107,8 @@ def photographs(split, folder="", smallest=64):
     from utils import UserError, read_image
     if not folder:
         from importlib.util import find_spec
-        packages = {SKIMAGE: "skimage", MATPLOTLIB: "matplotlib", PYIQA: "pyiqa"}  # found without being imported
+        # found without being imported
+        packages = {SKIMAGE: "skimage", MATPLOTLIB: "matplotlib", PYIQA: "pyiqa", TID2013: "pyiqa"}
         homes = {start: Path(find_spec(name).origin).parent.parent for start, name in packages.items()
                  if find_spec(name)}
         paths = [next((home / p for start, home in homes.items() if p.startswith(start)), Path(p))

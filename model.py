@@ -5,7 +5,7 @@ A restorer maps a low-quality image to a distribution over restored images by a 
   decode(z, lq) -> image       back to (B, 3, H, W) in [-1, 1]
   predict(z_t, t, lq) -> out   the network's output: epsilon, sample (z0) or v, as `scheduler` says, float32
   scheduler                    diffusers' DDIMScheduler: alphas_cumprod, prediction type, spacing, last step
-  net, trainable()             the module and its parameters that train
+  net, trainable()             the module and its parameters that train; train_only(part) freezes the others
   defaults                     {"task", "steps", "eta"} the restorer was trained with
   multiple, latent_shape(lq)   sides of lq must be multiples of `multiple`; the shape of z for a given lq
   save(folder), load(...)      diffusers' folder format, safetensors
@@ -94,6 +94,12 @@ class PixelRestorer:
     def trainable(self):
         """The parameters that an optimizer gets, a list."""
         return [p for p in self.net.parameters() if p.requires_grad]
+
+    def train_only(self, part):
+        """Freezes all but a part: "all", or "modulation": normalizations, biases and time embeddings, which scale and
+        shift features at each noise level but learn no new filters."""
+        for name, p in self.net.named_parameters():
+            p.requires_grad_(part == "all" or "norm" in name or "time_emb" in name or name.endswith("bias"))
 
     def latent_shape(self, lq):
         return lq.shape

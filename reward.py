@@ -158,6 +158,21 @@ class PyiqaReward:
         return self.sign * score.float().reshape(len(images))
 
 
+def symmetric(reward, views):
+    """The mean of a reward over the first `views` of the eight symmetries of a square, again a reward.
+
+    Quality does not depend on how a picture is turned, a judge's score does: most of the difference that one view sees
+    among restorations of one input is gone in the mirrored view (figures in the README). That part is noise to the
+    policy gradient and room for reward hacking; the mean over views has less of it.
+    """
+    def turned(x, view):  # mirror first, then the half turn, then the quarter turns
+        return None if x is None else torch.rot90(x.flip(3) if view % 2 else x, (0, 2, 1, 3)[view // 2], (2, 3))
+
+    def mean(images, refs=None):
+        return sum(reward(turned(images, view), turned(refs, view)) for view in range(views)) / views
+    return mean if views > 1 else reward
+
+
 def load(name, device="cpu"):
     """A reward by its name (see the top of this file). Raises UserError for an unknown one."""
     from utils import UserError

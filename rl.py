@@ -5,12 +5,12 @@ Reward" (arXiv 2511.01645). One iteration, i a sample, k a denoising step, theta
 
   1 rollout     z_T .. z_0 for each lq with stochastic DDIM; keep z_t, z_{t-1}, log p_old           sample.rollout
   2 reward      r_i = M(x_hat_i), or r_ik = M(decode(x0_hat(z_{t-1}))) for every k-th step          reward.py
-  3 advantage   A = (r - mean(history_i)) / (std(history_i) + delta), minus its batch mean          difficulty.py
+  3 advantage   A = (min(r, M(hq_i)) - mean(history_i)) / (std(history_i) + delta), centred         difficulty.py
   4 difficulty  d_i from ground truth, w_i = sigmoid(k (d_i - m) / s)                               difficulty.py
-  5 update      L = mean_i [w_i L_RL,i + (1 - w_i) lambda L_SFT,i] + beta KL(p_theta || p_ref) + mu L_fid
-                L_RL,i = max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  rho = exp(log p_theta - log p_old)
+  5 update      L = mean_i [w_i L_RL,i + (1 - w_i) lambda L_SFT,i] + beta KL(p_theta || p_ref) + price . drop
+                L_RL,i = c_k max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  rho = exp(log p_theta - log p_old)
                 KL     = ||mu_theta - mu_ref||^2 / (2 sigma_t^2), mean over C, H, W
-                L_fid  = (1 - abar_t)^2 ||x0_hat(z_t) - z0||^2 at the visited z_t, mean over C, H, W   (ours alone)
+                drop   = loss of PSNR-Y and SSIM against the SFT restorer, by the whole chain       (ours alone)
 The paper's exact equations are not public: README marks what is the paper's and what is our reconstruction.
 
 Chosen here:
@@ -18,12 +18,19 @@ Chosen here:
  2. A micro-batch is one step k of the same samples that were sampled together: the same arithmetic gives the same
     log p, so rho is exactly 1 before the first optimizer step of an iteration, in any dtype.
  3. Only steps with sigma_t > 0 enter; `updates` optimizer steps share one rollout, each with its own part of the steps.
- 4. The reward is capped at the ground truth's own score: to be judged better than a real photograph is no merit.
- 5. mu controls itself (--fidelity-budget, FidelityController): the balance of the gradients decides between no
-    progress and reward hacking, and no constant suits two seeds. Why not lambda: in trials it held no PSNR; near the
-    SFT optimum the SFT gradient should be mostly noise, which Adam scales up (our guess, no ablation). L_fid acts on
-    the very states that RL creates, at no extra network pass.
- 6. What is evaluated and saved is a running average of the weights over the optimizer steps.
+ 4. The reward is capped at the ground truth's own score: to be judged better than a real photograph is no merit. It
+    is the mean over --views symmetric views, because most of what one view says among restorations of one input is
+    noise (reward.symmetric).
+ 5. c_k = sigma_k^2 / mean sigma^2, a noise-aware weight as in TempFlow-GRPO (He et al. 2025, arXiv 2508.04324): the
+    gradient of log p grows as 1 / sigma_t, while the late steps decide little of the reward and add most of the noise.
+ 6. Fidelity is a constraint, not a reward: maximize the judge's score while fidelity falls by at most
+    --fidelity-budget. Its Lagrange multiplier, the price of a dB, controls itself (FidelityPrice). Its gradient goes
+    through the sampling chain, which is differentiable where a judge is not in practice; as a part of the reward it
+    would be lost in the noise of the policy gradient (figures in the README).
+ 7. --train modulation trains normalizations, biases and time embeddings, a ninth of the weights: they can sharpen and
+    calm every feature at every noise level, and collect less noise of the gradient than all weights do.
+ 8. What is kept is a running average of the weights over the optimizer steps, and of these averages the one with the
+    best reward on validation photographs within the budget there.
 
     python rl.py --task sr                                                              # laptop, a few minutes
     python rl.py --task sr --data ~/DIV2K_train_HR --device cuda --inputs 64 --iterations 500 --pool 4096
@@ -56,8 +63,13 @@ def policy_loss(log_prob, old_log_prob, advantage, clip_range):
 
 def learning_rate(iteration, total, peak, warmup=4):
     """A linear rise over the first iterations, because Adam's first steps have full length on a gradient that is still
-    mostly noise; then a cosine down to a tenth, so that the run settles."""
-    return peak * min(1.0, (iteration + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * iteration / total))
+    mostly noise; then a cosine down to 0.3 of the peak, so that the run settles."""
+    return peak * min(1.0, (iteration + 1) / warmup) * (0.65 + 0.35 * math.cos(math.pi * iteration / total))
+
+
+def noise_aware_weight(sigma_t):
+    """c_k = sigma_k^2 / mean sigma^2 over the steps with noise; (N,) -> (N,), 0 where sigma_t is 0."""
+    return sigma_t ** 2 / (sigma_t[sigma_t > 0] ** 2).mean()
 
 
 def kl_to_reference(mean, ref_mean, sigma_t):
@@ -66,46 +78,57 @@ def kl_to_reference(mean, ref_mean, sigma_t):
     return ((mean - ref_mean) ** 2).flatten(1).mean(1) / (2 * sigma_t ** 2)
 
 
-def fidelity_loss(x0, z0, alpha_bar_t):
-    """(1 - abar_t)^2 ||x0 - z0||^2, mean over C, H, W; x0 is predicted from a z_t that the sampler visited; -> (B,).
-
-    The weight leaves the late steps, where fine texture is decided, to the reward, and holds the structure that the
-    early and middle steps decide, where most of the PSNR is lost or won.
-    """
-    return (1 - alpha_bar_t) ** 2 * ((x0 - z0) ** 2).flatten(1).mean(1)
+def combined_loss(rl, sft, kl, weight, sft_coef, kl_coef):
+    """mean_i [w_i rl_i + (1 - w_i) sft_coef sft_i + kl_coef kl_i]; tensors (B,) -> scalar."""
+    return (weight * rl + (1 - weight) * sft_coef * sft + kl_coef * kl).mean()
 
 
-def combined_loss(rl, sft, kl, fidelity, weight, sft_coef, kl_coef, fidelity_coef):
-    """mean_i [w_i rl_i + (1 - w_i) sft_coef sft_i + kl_coef kl_i + fidelity_coef fidelity_i]; tensors (B,) ->
-    (scalar loss, info)."""
-    loss = (weight * rl + (1 - weight) * sft_coef * sft + kl_coef * kl + fidelity_coef * fidelity).mean()
-    return loss, {"rl_loss": rl.mean().detach(), "sft_loss": sft.mean().detach(), "kl": kl.mean().detach(),
-                  "fidelity_loss": fidelity.mean().detach()}
+def fidelity(images, refs):
+    """PSNR-Y in dB and 20 SSIM, so that 0.2 dB and 0.01 count the same; (B, 3, H, W) in [-1, 1] twice -> (B, 2)."""
+    from reward import psnr_y, ssim
+    return torch.stack([psnr_y(images, refs), 20 * ssim(images, refs)], dim=1)
 
 
-class FidelityController:
-    """Meant to hold what RL costs in fidelity at a budget: the coefficient of the fidelity loss, a Lagrange multiplier.
+class FidelityPrice:
+    """The prices of a dB of PSNR-Y and of 20 SSIM in the loss: Lagrange multipliers that control themselves.
 
-    drop = PSNR-Y in dB of the SFT restorer minus that of the present one, on the same inputs, smoothed over iterations.
-      e = drop - budget;   I <- clip(I + ki e, 0, span);   coefficient = base max(0, e + I)
-    Within the budget the coefficient is 0, as a multiplier of an inequality must be: the loss would only blur what the
-    reward has gained. Dual ascent is the integral I alone; it answers late and oscillates. The proportional term damps
-    it (Stooke et al. 2020, arXiv 2007.03964). budget < 0: off, the coefficient is 0.
+    drop (2,) = `fidelity` of the SFT restorer minus that of the present one, on the same inputs.
+      price = unit max(0, I + gain (drop - budget) / budget),   I <- max(0, I + ki (drop - budget) / budget)
+    unit (2,) = 1 / (std of the fidelity among SFT restorations of one input), in the scale of L_RL, whose log p is a
+    mean over dimensions and steps: at a price of 1 unit one std of fidelity weighs about as much as one of the reward.
+    This is the multiplier of an augmented Lagrangian (Nocedal and Wright 2006, eq. 17.36): the proportional term
+    bends a trade-off that is nearly a straight line, on which I alone, dual ascent, runs from one end to the other.
+    It acts without smoothing: a delay makes it overshoot. budget < 0: off, the prices are 0.
     """
 
-    def __init__(self, budget, base=1e-3, ki=0.1, span=1.0, smooth=0.5):
-        self.budget, self.base, self.ki, self.span, self.smooth = budget, base, ki, span, smooth
-        self.state = [0.0, 0.0]  # smoothed drop, integral
+    def __init__(self, budget, unit=(1.0, 1.0), gain=1.0, ki=0.02):
+        self.budget, self.gain, self.ki = budget, gain, ki
+        self.unit, self.integral = torch.tensor(unit), torch.full((2,), gain)
 
     def update(self, drop):
-        """drop in dB, a float -> the coefficient for this iteration."""
+        """drop (2,) -> prices (2,)."""
         if self.budget < 0:
-            return 0.0
-        smoothed = self.smooth * self.state[0] + (1 - self.smooth) * drop
-        error = smoothed - self.budget
-        integral = max(0.0, min(self.span, self.state[1] + self.ki * error))
-        self.state = [smoothed, integral]
-        return self.base * max(0.0, error + integral)
+            return torch.zeros_like(drop)
+        excess = (drop.detach().cpu() - self.budget) / max(self.budget, 1e-3)
+        self.integral = (self.integral + self.ki * excess).clamp(min=0)
+        return (self.unit * (self.integral + self.gain * excess).clamp(min=0)).to(drop)
+
+    def state_dict(self):
+        return {"unit": self.unit.tolist(), "integral": self.integral.tolist()}
+
+    def load_state_dict(self, state):
+        self.unit, self.integral = torch.tensor(state["unit"]), torch.tensor(state["integral"])
+
+
+def better(row, best, sft, budget):
+    """Whether the averaged weights of `row` replace those of `best`: rows of validation scores, `sft` the SFT model's.
+
+    They must have the higher reward, and have lost at most `budget` dB of PSNR-Y and budget / 20 of SSIM: 0.01 for
+    0.2 dB. budget < 0: no constraint, the latest weights are taken, not the best."""
+    if budget < 0:
+        return True
+    return (row["val_reward"] > best["val_reward"] and sft["val_psnr_y"] - row["val_psnr_y"] <= budget
+            and sft["val_ssim"] - row["val_ssim"] <= budget / 20)
 
 
 @dataclass
@@ -118,19 +141,21 @@ class Config:
     out: Annotated[str, "folder of the run; empty: runs/TASK"] = ""
     seed: Annotated[int, "seed of inputs, sampler and losses"] = 0
     # rollout
-    iterations: Annotated[int, "rounds of rollout and update"] = 6
+    iterations: Annotated[int, "rounds of rollout and update"] = 50
     inputs: Annotated[int, "lq images per iteration"] = 16
     samples_per_input: Annotated[int, "restorations of each"] = 4
-    pool: Annotated[int, "training inputs that recur; the memory keeps a history of each"] = 64
+    pool: Annotated[int, "training inputs that recur; the memory keeps a history of each"] = 256
     size: Annotated[int, "side of a training crop in pixels"] = 64
     steps: Annotated[int, "DDIM steps; 0: as the SFT restorer was trained"] = 0
     eta: Annotated[float, "stochasticity, > 0; -1: as the SFT restorer was trained"] = -1.0
+    views: Annotated[int, "symmetric views of an image, 1 to 8, whose rewards are averaged"] = 8
     memory: Annotated[int, "latest rewards of an input that its memory keeps"] = 8
     # update
+    train: Annotated[str, "weights that train: modulation (norms, biases, time embeddings) or all"] = "modulation"
     updates: Annotated[int, "optimizer steps per rollout"] = 2
-    train_steps: Annotated[int, "denoising steps drawn for the update in each iteration; 0: all"] = 6
+    train_steps: Annotated[int, "denoising steps drawn for the update in each iteration; 0: all"] = 0
     micro_batch: Annotated[int, "samples in memory at once"] = 64
-    lr: Annotated[float, "peak learning rate of AdamW, see learning_rate"] = 5e-5
+    lr: Annotated[float, "peak learning rate of AdamW, see learning_rate"] = 3e-4
     clip_range: Annotated[float, "of the ratio of mean log-densities"] = 2e-3
     kl_coef: Annotated[float, "beta, weight of the KL to the SFT restorer"] = 0.01
     average: Annotated[float, "decay per optimizer step of the weight average that is saved; 0: the last weights"] = 0.9
@@ -138,7 +163,7 @@ class Config:
     weight: Annotated[str, "baseline, running, or fixed:W (0: SFT loss only, 1: RL loss only)"] = "baseline"
     distance: Annotated[str, "of difficulty: iqa_gap, mse or ssim"] = "iqa_gap"
     sft_coef: Annotated[float, "lambda, weight of the SFT loss"] = 0.01
-    fidelity_budget: Annotated[float, "PSNR-Y in dB that RL may cost on its inputs; -1: off"] = 0.2
+    fidelity_budget: Annotated[float, "PSNR-Y in dB, and 20 SSIM, that RL may cost; -1: off"] = 0.2
     reward_mode: Annotated[str, "final, step, or step:K (every K-th denoising step is judged)"] = "final"
     # running
     resume: Annotated[bool, "go on from the last checkpoint in --out"] = False
@@ -155,6 +180,8 @@ def check(cfg):
     for name in ("iterations", "inputs", "samples_per_input", "pool", "updates", "micro_batch", "save_every"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
+    if not 1 <= cfg.views <= 8:
+        raise UserError(f"--views {cfg.views}: must be from 1 to 8, the symmetries of a square")
     if cfg.memory < 4:
         raise UserError(f"--memory {cfg.memory}: must be at least 4, the least history that an advantage uses")
     if cfg.train_steps < 0 or not 0 <= cfg.average < 1:
@@ -168,6 +195,8 @@ def check(cfg):
         raise UserError("--reward judge2: it is the independent check and never a reward; use judge")
     if cfg.reward in UNSAFE:
         raise UserError(f"--reward {cfg.reward}: no reward, {UNSAFE[cfg.reward]}; choose another")
+    if cfg.train not in ("modulation", "all"):
+        raise UserError(f"--train {cfg.train}: unknown; choose modulation or all")
     if cfg.distance not in ("iqa_gap", "mse", "ssim"):
         raise UserError(f"--distance {cfg.distance}: unknown; choose iqa_gap, mse or ssim")
     judged_every(cfg.reward_mode)
@@ -215,7 +244,6 @@ def stepwise_images(restorer, trajectory, lq, every):
 
 def collect(restorer, judge, lq, hq, cfg, noise):
     """Rollout and reward for a batch of samples (B, 3, H, W): a dict of what difficulty, advantage and update need."""
-    from reward import psnr_y, ssim
     from sample import rollout
     start = time.perf_counter()
     trajectory = rollout(restorer, lq, cfg.steps, cfg.eta, noise)
@@ -224,7 +252,7 @@ def collect(restorer, judge, lq, hq, cfg, noise):
     rewards = {k: judge(image, hq) for k, image in images.items()}
     last = images[len(trajectory.t) - 1]
     return {"trajectory": trajectory, "rewards": rewards, "reward": rewards[len(trajectory.t) - 1], "image": last,
-            "psnr_y": psnr_y(last, hq), "ssim": ssim(last, hq), "lq": lq, "hq": hq,
+            "fidelity": fidelity(last, hq), "lq": lq, "hq": hq,
             "seconds_rollout": rolled - start, "seconds_reward": time.perf_counter() - rolled}
 
 
@@ -233,17 +261,18 @@ def distances(batch, reward_hq, kind):
     from difficulty import iqa_gap, mse, ssim_distance
     if kind == "iqa_gap":
         return iqa_gap(batch["reward"], reward_hq)
-    return mse(batch["image"], batch["hq"]) if kind == "mse" else ssim_distance(batch["ssim"])
+    return mse(batch["image"], batch["hq"]) if kind == "mse" else ssim_distance(batch["fidelity"][:, 1] / 20)
 
 
 def step_advantages(batches, memory):
     """Advantages of every denoising step, a (N, B) tensor per batch; a step that was not judged takes the next judged
     one's. All batches count as one, so that the result does not depend on the micro-batch."""
     from difficulty import advantages
-    sizes, count = [len(b["keys"]) for b in batches], len(batches[0]["trajectory"].t)
+    sizes = [len(b["keys"]) for b in batches]
     keys, cap = sum((b["keys"] for b in batches), []), torch.cat([b["cap"] for b in batches])
-    result, judged = [None] * count, batches[0]["rewards"]
-    for k in range(count - 1, -1, -1):
+    judged = batches[0]["rewards"]
+    result = [None] * (max(judged) + 1)  # the last step is always judged
+    for k in range(len(result) - 1, -1, -1):
         if k in judged:
             own = [f"{key}:{k}" for key in keys] if len(judged) > 1 else keys
             latest = advantages(torch.minimum(torch.cat([b["rewards"][k] for b in batches]), cap), own, memory)
@@ -251,39 +280,30 @@ def step_advantages(batches, memory):
     return torch.stack(result).split(sizes, dim=1)
 
 
-def update(restorer, reference, average, optimizer, batches, cfg, fidelity_coef, noise):
+def update(restorer, reference, average, optimizer, batches, price, cfg, noise):
     """`cfg.updates` optimizer steps on collected batches. Returns the means of what was logged, the ratio error first.
 
-    Each optimizer step gets its own part of the drawn denoising steps, a micro-batch is one of them in one batch.
+    Each optimizer step gets its own part of the drawn denoising steps; a micro-batch is one of them in one batch, and
+    then one chain of each input for its fidelity. A term whose coefficient is 0 costs no network pass.
     """
-    from sample import ddim_step
-    from sft import sft_loss
-    kind = restorer.scheduler.config.prediction_type
     usable = batches[0]["trajectory"].stochastic.nonzero().flatten().cpu()
     drawn = usable[torch.randperm(len(usable), generator=noise)][:cfg.train_steps or None]
-    logs, first = [], None
-    total = sum(len(batch["lq"]) for batch in batches)
+    step_weight = noise_aware_weight(batches[0]["trajectory"].sigma_t)
+    logs, total = [], sum(len(batch["lq"]) for batch in batches)
     for part in drawn.tensor_split(min(cfg.updates, len(drawn))):
         optimizer.zero_grad()
         for batch in batches:
-            path, lq, hq, weight = batch["trajectory"], batch["lq"], batch["hq"], batch["weight"]
-            batch["z0"] = restorer.encode(hq, lq)
+            share = len(batch["lq"]) / total
             for k in part.tolist():
-                a, b = (x.expand(len(lq)) for x in path.alpha_bar[k])
-                t = path.t[k].expand(len(lq))
-                step = ddim_step(restorer.predict(path.z[k], t, lq), path.z[k], a, b, cfg.eta, kind, path.z[k + 1])
-                rl, info = policy_loss(step.log_prob, path.log_prob[k], batch["advantage"][k], cfg.clip_range)
-                with torch.no_grad():
-                    ref = ddim_step(reference.predict(path.z[k], t, lq), path.z[k], a, b, cfg.eta, kind, path.z[k + 1])
-                kl = kl_to_reference(step.mean, ref.mean, step.sigma_t)
-                # one SFT draw per input, shared by its samples: the same expectation at a fraction of the cost
-                sft = sft_loss(restorer, lq[::cfg.samples_per_input], hq[::cfg.samples_per_input], noise)
-                fidelity = fidelity_loss(step.x0, batch["z0"], a)
-                loss, parts = combined_loss(rl, sft.repeat_interleave(cfg.samples_per_input), kl, fidelity, weight,
-                                            cfg.sft_coef, cfg.kl_coef, fidelity_coef)
-                (loss * len(lq) / (len(part) * total)).backward()
-                first = info["ratio_error"].item() if first is None else first
-                logs.append({key: value.item() for key, value in {**info, **parts, "loss": loss.detach()}.items()})
+                loss, info = step_loss(restorer, reference, batch, k, step_weight[k], k == part[0], cfg, noise)
+                (loss * share / len(part)).backward()
+                logs.append({key: value.item() for key, value in info.items()})
+            if cfg.fidelity_budget >= 0:
+                drop = chain_drop(restorer, batch, cfg, noise)
+                prices = price.update(drop)
+                ((prices * drop).sum() * share).backward()
+                logs.append(dict(zip(("psnr_drop", "ssim_drop", "psnr_price", "ssim_price"),
+                                     [drop[0].item(), drop[1].item() / 20, *(prices / price.unit.to(drop)).tolist()])))
         grad_norm = torch.nn.utils.clip_grad_norm_(restorer.trainable(), 1.0)
         if not torch.isfinite(grad_norm):
             from utils import UserError
@@ -294,27 +314,66 @@ def update(restorer, reference, average, optimizer, batches, cfg, fidelity_coef,
         average.update_parameters(restorer.net)
     keys = dict.fromkeys(key for log in logs for key in log)
     means = {key: sum(log[key] for log in logs if key in log) / sum(key in log for log in logs) for key in keys}
-    return means | {"ratio_error": first}
+    return means | {"ratio_error": logs[0]["ratio_error"]}
+
+
+def step_loss(restorer, reference, batch, k, step_weight, with_sft, cfg, noise):
+    """The combined loss of step k of a batch -> (loss, info). The SFT loss needs no more than one draw per optimizer
+    step (with_sft) and input, shared by the input's samples: the same expectation at a fraction of the cost."""
+    from sft import sft_loss
+    path, lq, hq, repeats = batch["trajectory"], batch["lq"], batch["hq"], cfg.samples_per_input
+    step = repeat_step(restorer, path, k, lq, cfg.eta)
+    rl, info = policy_loss(step.log_prob, path.log_prob[k], batch["advantage"][k], cfg.clip_range)
+    sft = kl = torch.zeros_like(rl)
+    if with_sft and cfg.sft_coef > 0 and (batch["weight"] < 1).any():
+        sft = sft_loss(restorer, lq[::repeats], hq[::repeats], noise).repeat_interleave(repeats)
+        info["sft_loss"] = sft.mean().detach()
+    if cfg.kl_coef > 0:
+        with torch.no_grad():
+            ref = repeat_step(reference, path, k, lq, cfg.eta)
+        kl = kl_to_reference(step.mean, ref.mean, step.sigma_t)
+        info["kl"] = kl.mean().detach()
+    loss = combined_loss(step_weight * rl, sft, kl, batch["weight"], cfg.sft_coef, cfg.kl_coef)
+    return loss, info | {"rl_loss": rl.mean().detach(), "loss": loss.detach()}
+
+
+def chain_drop(restorer, batch, cfg, noise):
+    """Fidelity lost against the SFT restorer, mean over the inputs of a batch, (2,), with its gradient through all
+    steps of a fresh chain of each input."""
+    from sample import rollout
+    lq, hq, sft = (batch[key][::cfg.samples_per_input] for key in ("lq", "hq", "fidelity_sft"))
+    z = rollout(restorer, lq, cfg.steps, cfg.eta, noise, keep=False, grad=True).z[-1]
+    return (sft - fidelity(restorer.decode(z, lq), hq)).mean(0)
+
+
+def repeat_step(restorer, path, k, lq, eta):
+    """Step k of a rollout once more with the present weights: the Step from its z_t to its z_{t-1}."""
+    from sample import ddim_step
+    a, b = (x.expand(len(lq)) for x in path.alpha_bar[k])
+    output = restorer.predict(path.z[k], path.t[k].expand(len(lq)), lq)
+    return ddim_step(output, path.z[k], a, b, eta, restorer.scheduler.config.prediction_type, path.z[k + 1])
 
 
 def measure_pool(restorer, judge, pool, cfg, noise, memory, difficulty):
-    """What the SFT restorer does on each training input: its PSNR-Y, the ground truth's reward, first memory and
-    distances. Returns {"psnr_y": [...], "reward_hq": [...]}, a float per input."""
+    """What the SFT restorer does on each training input, from two restorations of each: first memory and distances.
+
+    Returns {"fidelity": [(2,) of each input], "reward_hq": [...], "spread": (2,)}; spread is the standard deviation of
+    the fidelity among the restorations of one input.
+    """
     from tqdm import tqdm
-    result = {"psnr_y": [], "reward_hq": []}
-    per_batch, repeats = max(1, cfg.micro_batch // cfg.samples_per_input), cfg.samples_per_input
-    for start in tqdm(range(0, cfg.pool, per_batch), desc="baseline", unit="batch"):
-        lq, hq = (x[start:start + per_batch] for x in pool)
-        keys = [str(i) for i in range(start, start + len(lq)) for _ in range(repeats)]
-        reward_hq = judge(hq, hq)
+    repeats, batches = 2, []
+    for ids in tqdm(torch.arange(cfg.pool).split(max(1, cfg.micro_batch // repeats)), desc="baseline", unit="batch"):
+        lq, hq = pool[0][ids], pool[1][ids]
         batch = collect(restorer, judge, lq.repeat_interleave(repeats, 0), hq.repeat_interleave(repeats, 0), cfg, noise)
-        batch |= {"keys": keys, "cap": reward_hq.repeat_interleave(repeats)}
-        step_advantages([batch], memory)
-        difficulty.observe(keys, distances(batch, batch["cap"], cfg.distance))
-        result["psnr_y"] += batch["psnr_y"].view(-1, repeats).mean(1).tolist()
-        result["reward_hq"] += reward_hq.tolist()
+        batches.append({"keys": [str(i) for i in ids.tolist() for _ in range(repeats)], "rewards": batch["rewards"],
+                        "cap": judge(hq, hq).repeat_interleave(repeats), "fidelity": batch["fidelity"]})
+        distance = distances(batch, batches[-1]["cap"], cfg.distance)
+        difficulty.observe(batches[-1]["keys"], distance)
     difficulty.set_anchor()
-    return result
+    step_advantages(batches, memory)
+    fidelities = torch.cat([b["fidelity"] for b in batches]).view(-1, repeats, 2)
+    return {"fidelity": fidelities.mean(1).tolist(), "spread": fidelities.std(1).mean(0).clamp(min=1e-3).tolist(),
+            "reward_hq": torch.cat([b["cap"] for b in batches])[::repeats].tolist()}
 
 
 def train(cfg):
@@ -327,6 +386,7 @@ def train(cfg):
     from eval import evaluate, held_out, save_curves
     from model import load
     from reward import load as load_reward
+    from reward import symmetric
     from utils import (UserError, generator, load_checkpoint, pick_device, save_checkpoint, write_json, write_rows)
 
     # set-up
@@ -341,40 +401,47 @@ def train(cfg):
     if cfg.size % restorer.multiple:
         raise UserError(f"--size {cfg.size}: must be a multiple of {restorer.multiple}")
     restorer.defaults |= {"task": cfg.task, "steps": cfg.steps, "eta": cfg.eta}
-    reference, judge = restorer.frozen_copy(), load_reward(cfg.reward, device)
+    reference, scorer = restorer.frozen_copy(), load_reward(cfg.reward, device)
+    judge = symmetric(scorer, cfg.views)
+    restorer.train_only(cfg.train)
     optimizer = torch.optim.AdamW(restorer.trainable(), lr=cfg.lr, weight_decay=0.0)
     average = AveragedModel(restorer.net, multi_avg_fn=get_ema_multi_avg_fn(cfg.average))
     average.update_parameters(restorer.net)  # the first update copies: the average starts at the SFT weights
-    averaged = restorer.frozen_copy()
+    averaged, best = reference.frozen_copy(), reference.frozen_copy()
     averaged.net = average.module
     memory, difficulty = RewardMemory(cfg.memory), Difficulty(cfg.weight)
-    controller = FidelityController(cfg.fidelity_budget)
+    price = FidelityPrice(cfg.fidelity_budget)
     generators = {name: generator(cfg.seed, 20, i) for i, name in enumerate(("inputs", "rollout", "update"))}
     fixed = generator(cfg.seed, 21)
     photographs("test", cfg.data, cfg.size)  # a missing photograph ends the run here, not at its final table
     hq = random_crops(photographs("train", cfg.data, cfg.size), cfg.pool, cfg.size, fixed)
     pool = (degrade(hq, fixed).to(device), hq.to(device))
-    modules, rows, start = {"net": restorer.net, "average": average}, [], 0
-    watched = held_out(cfg.task, cfg.data, "val", 32, cfg.size, device)[:2]
-    watchers = {"judge": load_reward("judge", device), "judge2": load_reward("judge2", device)}
+    modules, rows, start = {"net": restorer.net, "average": average, "best": best.net}, [], 0
+    watched = held_out(cfg.task, cfg.data, "val", 64, cfg.size, device)[:2]
+    watchers = {name: load_reward(name, device) for name in ("judge", "judge2") if name != cfg.reward}
+    watchers["reward"] = scorer
 
     def look(candidate):
         scores = evaluate(candidate, *watched, watchers, cfg.steps, cfg.eta, [0])[0]
-        return {f"val_{key}": scores[key].mean().item() for key in ("judge", "judge2", "psnr_y", "ssim")}
+        scores.setdefault("judge", scores["reward"])
+        return {f"val_{key}": scores[key].mean().item() for key in ("reward", "judge", "judge2", "psnr_y", "ssim")}
 
     if cfg.resume:
         if not (out / "checkpoint.safetensors").exists():
             raise UserError(f"--resume: no checkpoint in {out}; start without it")
         check_resume(cfg, out / "config.json")
         info = load_checkpoint(out / "checkpoint.safetensors", modules, optimizer, generators)
-        start, rows, baseline, controller.state = info["iteration"], info["rows"], info["baseline"], info["controller"]
+        start, rows, baseline, chosen_at = info["iteration"], info["rows"], info["baseline"], info["chosen_at"]
         memory.load_state_dict(info["memory"]), difficulty.load_state_dict(info["difficulty"])
+        price.load_state_dict(info["price"])
     else:
         write_json(out / "config.json", asdict(cfg))
         print("   ".join(f"{key} {value}" for key, value in asdict(cfg).items() if value != ""))
         baseline = measure_pool(restorer, judge, pool, cfg, generators["rollout"], memory, difficulty)
         rows = [{"iteration": 0, "distance": sum(difficulty.latest.values()) / cfg.pool} | look(averaged)]
-    psnr_sft, reward_hq = (torch.tensor(baseline[key], device=device) for key in ("psnr_y", "reward_hq"))
+        dimensions, chosen_at = reference.latent_shape(pool[0][:1]).numel() * (cfg.steps - 1), 0
+        price.unit = 1 / (torch.tensor(baseline["spread"]) * dimensions)
+    fidelity_sft, reward_hq = (torch.tensor(baseline[key], device=device) for key in ("fidelity", "reward_hq"))
 
     for iteration in (bar := tqdm(range(start, cfg.iterations), initial=start, total=cfg.iterations, desc="rl")):
         # rollout and reward, in batches that fit into memory
@@ -383,47 +450,49 @@ def train(cfg):
         for ids in chosen.split(max(1, cfg.micro_batch // cfg.samples_per_input)):
             ids = ids.repeat_interleave(cfg.samples_per_input).to(device)
             batch = collect(restorer, judge, pool[0][ids], pool[1][ids], cfg, generators["rollout"])
-            batches.append(batch | {"keys": [str(i) for i in ids.tolist()], "ids": ids, "cap": reward_hq[ids]})
+            batches.append(batch | {"keys": [str(i) for i in ids.tolist()], "cap": reward_hq[ids],
+                                    "fidelity_sft": fidelity_sft[ids]})
 
         # advantage from the memory of each input
         for batch, advantage in zip(batches, step_advantages(batches, memory)):
             batch["advantage"] = advantage
 
-        # difficulty, weights, and the balance between RL and SFT
+        # difficulty, and the weight between RL and SFT
         for batch in batches:
             batch["distance"] = distances(batch, batch["cap"], cfg.distance)
             difficulty.observe(batch["keys"], batch["distance"])
         for batch in batches:
             batch["weight"] = difficulty.weight(batch["distance"])
-        drop = torch.cat([psnr_sft[b["ids"]] - b["psnr_y"] for b in batches]).mean().item()
-        fidelity_coef = controller.update(drop)
 
         # update
         optimizer.param_groups[0]["lr"] = learning_rate(iteration, cfg.iterations, cfg.lr)
         began = time.perf_counter()
-        losses = update(restorer, reference, average, optimizer, batches, cfg, fidelity_coef, generators["update"])
+        losses = update(restorer, reference, average, optimizer, batches, price, cfg, generators["update"])
 
-        # log
+        # log, and keep the best average so far
         row = {"iteration": iteration + 1}
-        for key in ("reward", "distance", "weight", "psnr_y", "ssim"):
+        for key in ("reward", "distance", "weight"):
             row[key] = torch.cat([b[key] for b in batches]).mean().item()
-        row |= {"psnr_drop": drop, "fidelity_coef": fidelity_coef} | losses
+        psnr, ssim = torch.cat([b["fidelity"] for b in batches]).mean(0).tolist()
+        row |= {"psnr_y": psnr, "ssim": ssim / 20} | losses
         row |= {key: sum(b[key] for b in batches) for key in ("seconds_rollout", "seconds_reward")}
         row["seconds_update"] = time.perf_counter() - began
-        done = iteration + 1 == cfg.iterations
-        if (iteration + 1) % cfg.save_every == 0 or done:
-            row |= look(averaged)
         rows.append(row)
-        bar.set_postfix({k: f"{row[k]:.3f}" for k in ("reward", "distance", "weight", "psnr_drop", "fidelity_coef")})
-        if (iteration + 1) % cfg.save_every == 0 or done:
+        bar.set_postfix({k: f"{row[k]:.3f}" for k in ("reward", "distance", "weight", "psnr_drop") if k in row})
+        if (iteration + 1) % cfg.save_every == 0 or iteration + 1 == cfg.iterations:
+            row |= look(averaged)
+            if better(row, rows[chosen_at], rows[0], cfg.fidelity_budget):
+                best.net.load_state_dict(average.module.state_dict())
+                chosen_at = iteration + 1
             save_checkpoint(out / "checkpoint.safetensors", modules, optimizer, generators, {
-                "iteration": iteration + 1, "rows": rows, "baseline": baseline, "controller": controller.state,
-                "memory": memory.state_dict(), "difficulty": difficulty.state_dict()})
+                "iteration": iteration + 1, "rows": rows, "baseline": baseline, "price": price.state_dict(),
+                "chosen_at": chosen_at, "memory": memory.state_dict(), "difficulty": difficulty.state_dict()})
             write_rows(out / "metrics.csv", rows)
             save_curves(out / "curves.png", rows, "iteration", [k for k in rows[-1] if k != "iteration"])
 
-    averaged.save(out / "model")
-    return report(cfg, reference, averaged, out, device)
+    best.save(out / "model")
+    print(f"kept the weights of iteration {chosen_at}, the best on validation photographs")
+    return report(cfg, reference, best, out, device)
 
 
 def report(cfg, reference, restorer, out, device):

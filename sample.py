@@ -114,16 +114,26 @@ class Rollout(NamedTuple):
     log_prob: torch.Tensor    # (N, B)               of z[k + 1] given z[k]
     t: torch.Tensor           # (N,)
     alpha_bar: torch.Tensor   # (N, 2)               alpha_bar_t, alpha_bar_prev
-    stochastic: torch.Tensor  # (N,) bool            sigma_t > 0: the steps that a policy loss may use
+    sigma_t: torch.Tensor     # (N,)
+
+    @property
+    def stochastic(self):
+        """(N,) bool, sigma_t > 0: the steps that a policy loss may use."""
+        return self.sigma_t > 0
 
 
-@torch.no_grad()
-def rollout(restorer, lq, steps, eta, generator, keep=True, predict=None, clip_x0=None):
+def rollout(restorer, lq, steps, eta, generator, keep=True, predict=None, clip_x0=None, grad=False):
     """Samples z_T .. z_0 for each lq (B, 3, H, W) and keeps what the update needs.
 
     generator: one torch.Generator or a list of B. keep: False stores only the last z, for plain restoration (then z is
-    (1, B, ...) and x0 (1, B, ...)). predict: replaces restorer.predict, for tiles. Returns a Rollout.
+    (1, B, ...) and x0 (1, B, ...)). predict: replaces restorer.predict, for tiles. grad: True records the gradient of
+    the last z through all steps, with the noise held fixed; memory grows with the steps. Returns a Rollout.
     """
+    with torch.set_grad_enabled(grad):
+        return _rollout(restorer, lq, steps, eta, generator, keep, predict, clip_x0)
+
+
+def _rollout(restorer, lq, steps, eta, generator, keep, predict, clip_x0):
     predict, device = predict or restorer.predict, lq.device
     grid, kind = time_grid(restorer.scheduler, steps), restorer.scheduler.config.prediction_type
     z_t = normal(restorer.latent_shape(lq), generator, device)
@@ -138,7 +148,7 @@ def rollout(restorer, lq, steps, eta, generator, keep=True, predict=None, clip_x
             z, x0 = [], []
         z.append(z_t), x0.append(step.x0), log_prob.append(step.log_prob), sigma.append(step.sigma_t[0])
     return Rollout(torch.stack(z), torch.stack(x0), torch.stack(log_prob), grid[0].to(device),
-                   torch.stack(grid[1:], dim=1).to(device), torch.stack(sigma) > 0)
+                   torch.stack(grid[1:], dim=1).to(device), torch.stack(sigma))
 
 
 # ---- images of any size ----

@@ -6,7 +6,7 @@ import torch
 
 import reward
 from data import degrade_sr, grid_crops, photographs
-from reward import JUDGES, MLLMJudge, build_judge, expected_level, ladder, level_tokens, load, soft_label
+from reward import JUDGES, MLLMJudge, build_judge, expected_level, ladder, level_tokens, load, soft_label, symmetric
 from utils import UserError, generator, read_image, write_image
 
 
@@ -124,3 +124,17 @@ def test_unknown_rewards_are_one_line_errors(tmp_path):
         with pytest.raises(UserError, match=words) as error:
             load(name)
         assert "\n" not in str(error.value)
+
+
+def test_symmetric_reward_does_not_depend_on_how_the_image_is_turned(gen):
+    """Over all eight views: any turn of the image scores the same; a reward without reference gets none."""
+    def corner(images, refs=None):
+        return images[..., 0, 0].mean(1) + (0 if refs is None else refs[..., 0, 0].mean(1))
+    images = torch.rand(2, 3, 8, 8, generator=gen)
+    whole = symmetric(corner, 8)
+    for turned in (images.flip(3), torch.rot90(images, 1, (2, 3)), torch.rot90(images.flip(2), 3, (2, 3))):
+        torch.testing.assert_close(whole(turned), whole(images))
+    corners = torch.stack([images[..., y, x].mean(1) for y in (0, -1) for x in (0, -1)]).mean(0)
+    torch.testing.assert_close(whole(images), corners)
+    torch.testing.assert_close(symmetric(corner, 2)(images, images), 2 * images[..., 0, [0, -1]].mean((1, 2)))
+    assert symmetric(corner, 1) is corner

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import rl
-from rl import Config, FidelityController, check, combined_loss, fidelity_loss, kl_to_reference, policy_loss
+from rl import (Config, FidelityPrice, better, check, combined_loss, kl_to_reference, noise_aware_weight,
+                policy_loss)
 from utils import UserError
 
 
@@ -35,50 +36,76 @@ def test_kl_equals_torch_distributions(gen):
 
 
 def test_combined_loss_equals_a_loop(gen):
-    part, sft, kl, fidelity, weight = (torch.rand(5, generator=gen) for _ in range(5))
-    expected = sum(w * a + (1 - w) * 0.3 * b for w, a, b in zip(weight, part, sft)) / 5
-    expected += 0.1 * sum(kl) / 5 + 0.2 * sum(fidelity) / 5
-    torch.testing.assert_close(combined_loss(part, sft, kl, fidelity, weight, 0.3, 0.1, 0.2)[0], expected)
-    pure = combined_loss(part, sft, kl, fidelity, torch.ones(5), 0.3, 0.0, 0.0)[0]
+    part, sft, kl, weight = (torch.rand(5, generator=gen) for _ in range(4))
+    expected = sum(w * a + (1 - w) * 0.3 * b for w, a, b in zip(weight, part, sft)) / 5 + 0.1 * sum(kl) / 5
+    torch.testing.assert_close(combined_loss(part, sft, kl, weight, 0.3, 0.1), expected)
+    pure = combined_loss(part, sft, kl, torch.ones(5), 0.3, 0.0)
     assert pure == pytest.approx(part.mean().item())
 
 
-def test_fidelity_loss_weighs_early_steps_more():
-    x0, z0 = torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
-    assert fidelity_loss(x0, z0, torch.tensor([0.0, 0.9])).tolist() == pytest.approx([1.0, 0.01])
+def test_noise_aware_weight_has_mean_1_and_leaves_out_steps_without_noise():
+    weight = noise_aware_weight(torch.tensor([0.9, 0.3, 0.0]))
+    assert weight[:2].mean() == pytest.approx(1) and weight[2] == 0 and weight[0] / weight[1] == pytest.approx(9)
 
 
-def test_controller_holds_the_drop_at_its_budget():
-    """A toy: the drop has inertia, RL pushes it up at a constant rate, the fidelity loss pulls it down."""
-    controller, velocity, drop = FidelityController(0.1), 0.0, 0.0
-    for _ in range(400):
-        velocity += 0.3 * (0.03 - 100 * controller.update(drop) * (1 + drop) - velocity)
-        drop += velocity
-    assert abs(drop - 0.1) < 0.02
+@pytest.mark.parametrize("worth", (0.5, 1.0, 2.0))
+def test_price_holds_the_drop_at_its_budget(worth):
+    """A toy: a dB is worth `worth` of the reward, and the drop moves, with inertia, as long as the price is another."""
+    price, velocity, drop = FidelityPrice(0.2), torch.zeros(2), torch.zeros(2)
+    for _ in range(1500):
+        velocity += 0.3 * (0.02 * (worth - price.update(drop)) - velocity)
+        drop = drop + velocity
+    assert (drop - 0.2).abs().max() < 0.02
 
 
-def test_controller_leaves_a_run_within_its_budget_alone():
-    controller = FidelityController(0.2)
-    assert [controller.update(drop) for drop in (0.0, 0.1, 0.19, -1.0)] == [0.0] * 4
-    rising = [controller.update(2.0) for _ in range(4)]
-    assert 0 < rising[0] < rising[1] < rising[2] < rising[3] <= controller.base * 3
-    assert [controller.update(-9.0) for _ in range(3)] == [0.0] * 3
+def test_price_is_per_unit_and_per_quantity_and_off_without_a_budget():
+    price = FidelityPrice(0.2, unit=(1.0, 10.0))
+    same, first = price.update(torch.tensor([0.2, 0.2])), price.update(torch.tensor([0.5, -0.5]))
+    assert same[1] == pytest.approx(10 * same[0].item()) and first[0] > same[0] and first[1] == 0
+    assert FidelityPrice(-1.0).update(torch.tensor([3.0, 3.0])).tolist() == [0, 0]
 
 
-def test_controller_off_means_no_fidelity_loss():
-    assert FidelityController(-1.0).update(3.0) == 0.0
+def test_fidelity_of_the_chain_has_the_gradient_of_a_finite_difference(tiny_restorer, gen):
+    """The drop through all steps, differentiated: a step along the gradient changes it as predicted."""
+    restorer, hq = tiny_restorer(seed=3), torch.rand(4, 3, 32, 32, generator=gen) * 2 - 1
+    cfg = Config(steps=4, eta=1.0, samples_per_input=2)
+    batch = {"lq": hq.roll(1, 3), "hq": hq, "fidelity_sft": torch.zeros(4, 2)}
+    restorer.train_only("modulation")
+
+    def drop():
+        return rl.chain_drop(restorer, batch, cfg, torch.Generator().manual_seed(7))
+    parameters = restorer.trainable()
+    before = drop()
+    grads = torch.autograd.grad(before.sum(), parameters)
+    norm = sum((g ** 2).sum() for g in grads).sqrt()
+    with torch.no_grad():
+        for p, g in zip(parameters, grads):
+            p -= 1e-3 * g / norm
+    after = drop()
+    assert before.shape == (2,) and norm > 0
+    assert (before - after).sum().item() == pytest.approx(1e-3 * norm.item(), rel=0.1)
+
+
+def test_better_is_a_higher_reward_within_the_budget():
+    def row(reward, psnr, ssim=0.7):
+        return {"val_reward": reward, "val_psnr_y": psnr, "val_ssim": ssim}
+    sft = row(0.5, 28.0)
+    assert better(row(0.6, 27.81), sft, sft, 0.2) and not better(row(0.4, 28.0), sft, sft, 0.2)
+    assert not better(row(0.9, 27.79), sft, sft, 0.2) and not better(row(0.6, 28.0, 0.689), sft, sft, 0.2)
+    assert not better(row(0.6, 28.0), row(0.7, 28.0), sft, 0.2) and better(row(0.1, 20.0), sft, sft, -1.0)
 
 
 @pytest.mark.parametrize("changes, words", (
     ({"weight": "fixed:3"}, "--weight"), ({"eta": 0.0}, "--eta"), ({"reward": "judge2"}, "--reward"),
     ({"reward": "pyiqa:piqe"}, "--reward"), ({"reward_mode": "step:0"}, "--reward-mode"), ({"inputs": 999}, "--pool"),
-    ({"memory": 2}, "--memory"), ({"average": 1.0}, "--average"), ({"iterations": 0}, "--iterations"), ({"distance": "lpips"}, "--distance")))
+    ({"memory": 2}, "--memory"), ({"average": 1.0}, "--average"), ({"iterations": 0}, "--iterations"), ({"distance": "lpips"}, "--distance"),
+    ({"train": "head"}, "--train")))
 def test_bad_flags_are_named(changes, words):
     with pytest.raises(UserError, match=words):
         check(Config(**changes))
 
 
-SMALL = dict(iterations=4, inputs=2, samples_per_input=2, pool=4, size=64, steps=4, train_steps=0, micro_batch=4,
+SMALL = dict(iterations=4, inputs=2, samples_per_input=2, pool=4, size=64, steps=4, micro_batch=4, views=2,
              save_every=2, dtype="float32", device="cpu")
 
 
@@ -122,7 +149,7 @@ def test_ratio_is_one_at_the_first_micro_batch(mode, dtype, run):
 
 
 def test_a_toy_reward_rises(run):
-    log = rows(run("toy", iterations=25, lr=2e-3, weight="fixed:1.0", fidelity_budget=-1.0, kl_coef=0.0, inputs=4,
+    log = rows(run("toy", iterations=25, lr=2e-3, weight="fixed:1.0", train="all", kl_coef=0.0, fidelity_budget=-1.0, inputs=4,
                    samples_per_input=4, micro_batch=16, clip_range=0.05, average=0.0, save_every=25))
     first, last = (sum(row["reward"] for row in part) / 5 for part in (log[1:6], log[-5:]))
     assert last > first + 0.005
@@ -154,19 +181,28 @@ def test_resumed_run_equals_an_unstopped_one(run, monkeypatch):
 @pytest.mark.parametrize("judged", ((3,), (3, 1), (3, 2, 1, 0)))
 def test_advantages_do_not_depend_on_the_micro_batch(judged, gen):
     """Three micro-batches of 2 samples or one of 6: the same advantages, and a step without a judge takes the next."""
-    from types import SimpleNamespace
-
     from difficulty import RewardMemory
     rewards, keys = {k: torch.rand(6, generator=gen) for k in judged}, ["0", "0", "1", "1", "2", "2"]
 
     def batch(part):
-        return {"keys": keys[part], "cap": torch.ones(6)[part], "trajectory": SimpleNamespace(t=torch.arange(4)),
+        return {"keys": keys[part], "cap": torch.ones(6)[part],
                 "rewards": {k: r[part] for k, r in rewards.items()}}
     whole = rl.step_advantages([batch(slice(0, 6))], RewardMemory())[0]
     parts = rl.step_advantages([batch(slice(i, i + 2)) for i in (0, 2, 4)], RewardMemory())
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)
     for k in range(4):
         assert torch.equal(whole[k], whole[min(j for j in judged if j >= k)])
+
+
+@pytest.mark.parametrize("part, moves", (("modulation", ("norm", "time_emb", "bias")), ("all", ("",))))
+def test_only_the_chosen_part_trains(part, moves, run):
+    from safetensors.torch import load_file
+    start = run("part", train=part, fidelity_budget=-1.0).parent / "start"
+    before, after = (load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+                     for folder in (start, start.parent / "part/model"))
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed and all(any(word in name for word in moves) for name in changed)
+    assert part == "modulation" or any(name.endswith("conv1.weight") for name in changed)
 
 
 @pytest.mark.parametrize("reward, distance", (("psnr", "iqa_gap"), ("ssim", "mse")))
