@@ -9,8 +9,9 @@ Notation      symbol     shape
 
 Chosen here:
  1. The rewards of the present batch join the history before its mean is taken, so that a first visit is judged
-    against its own group of samples; below `min_count` rewards the batch's mean and std serve [R]. The batch's mean
-    advantage is removed at the end: histories lag behind a policy that moves, and the lag is common to all. [R]
+    against its own group of samples; below `min_count` rewards the batch's mean and std serve [R]. Then the mean
+    advantage of an input's own samples in this batch is removed: histories lag behind a policy that moves, and a lag
+    pushes all samples of an input one way, which is noise. The history's std stays, steadier than that of a group. [R]
  2. s is the interquartile range / 1.349, the standard deviation of a Gaussian that outliers do not move [R].
  3. anchor=baseline keeps m and s as the SFT model had them: as samples come close to their ground truth, w falls and
     SFT takes over. anchor=running follows the present model: half the inputs always count as hard. [R]
@@ -55,8 +56,11 @@ class RewardMemory:
 def advantages(rewards, keys, memory, min_count=4, clip=5.0, delta=1e-4):
     """Pushes rewards (B,) under keys (B strings) into memory and returns their advantages (B,), within +-clip.
 
-    A = (r - mean) / (std + delta), minus its mean over the batch, with mean and std of the key's history, or of the
-    batch where the history holds fewer than min_count rewards. The unit of A is one standard deviation of the reward.
+    A = (r - mean) / (max(std, floor) + delta), with mean and std of the key's history, or of the batch where the
+    history holds fewer than min_count rewards. floor is the root mean square of these std over the batch: the small
+    differences of an input whose restorations are all alike are mostly noise and must not be blown up. Then the mean A
+    of the samples of a key in this batch is removed; keys with one sample count as one group, if there are several.
+    The unit of A is one standard deviation of the reward.
     """
     for key, reward in zip(keys, rewards.tolist()):
         memory.push(key, reward)
@@ -64,8 +68,14 @@ def advantages(rewards, keys, memory, min_count=4, clip=5.0, delta=1e-4):
     stats = {key: memory.stats(key) for key in set(keys)}
     chosen = [stats[key][:2] if stats[key][2] >= min_count else batch for key in keys]
     mean, std = torch.tensor(chosen, dtype=rewards.dtype, device=rewards.device).T
+    std = std.clamp(min=std.square().mean().sqrt().item())
     advantage = (rewards - mean) / (std + delta)
-    return (advantage - advantage.mean()).clamp(-clip, clip)
+    groups = [key if keys.count(key) > 1 else None for key in keys]
+    for group in set(groups):
+        own = torch.tensor([g == group for g in groups], device=rewards.device)
+        if own.sum() > 1:
+            advantage[own] -= advantage[own].mean()
+    return advantage.clamp(-clip, clip)
 
 
 def iqa_gap(reward, reward_hq):

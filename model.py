@@ -50,7 +50,7 @@ class PixelRestorer:
     def __init__(self, net, scheduler, residual_scale=5.0, unshuffle=2, defaults=None):
         self.net, self.scheduler = net, scheduler
         self.residual_scale, self.unshuffle = residual_scale, unshuffle
-        self.defaults = {"task": "sr", "steps": 10, "eta": 1.0} | (defaults or {})
+        self.defaults = {"task": "sr", "steps": 5, "eta": 1.0} | (defaults or {})
         self.multiple = unshuffle * 2 ** (len(net.config.block_out_channels) - 1)
         self.dtype = torch.float32
 

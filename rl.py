@@ -8,7 +8,7 @@ Reward" (arXiv 2511.01645). One iteration, i a sample, k a denoising step, theta
   3 advantage   A = (min(r, M(hq_i)) - mean(history_i)) / (std(history_i) + delta), centred         difficulty.py
   4 difficulty  d_i from ground truth, w_i = sigmoid(k (d_i - m) / s)                               difficulty.py
   5 update      L = mean_i [w_i L_RL,i + (1 - w_i) lambda L_SFT,i] + beta KL(p_theta || p_ref) + price . drop
-                L_RL,i = c_k max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  rho = exp(log p_theta - log p_old)
+                L_RL,i = max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  rho = exp(log p_theta - log p_old)
                 KL     = ||mu_theta - mu_ref||^2 / (2 sigma_t^2), mean over C, H, W
                 drop   = loss of PSNR-Y and SSIM against the SFT restorer, by the whole chain       (ours alone)
 The paper's exact equations are not public: README marks what is the paper's and what is our reconstruction.
@@ -21,15 +21,13 @@ Chosen here:
  4. The reward is capped at the ground truth's own score: to be judged better than a real photograph is no merit. It
     is the mean over --views symmetric views, because most of what one view says among restorations of one input is
     noise (reward.symmetric).
- 5. c_k = sigma_k^2 / mean sigma^2, a noise-aware weight as in TempFlow-GRPO (He et al. 2025, arXiv 2508.04324): the
-    gradient of log p grows as 1 / sigma_t, while the late steps decide little of the reward and add most of the noise.
- 6. Fidelity is a constraint, not a reward: maximize the judge's score while fidelity falls by at most
+ 5. Fidelity is a constraint, not a reward: maximize the judge's score while fidelity falls by at most
     --fidelity-budget. Its Lagrange multiplier, the price of a dB, controls itself (FidelityPrice). Its gradient goes
     through the sampling chain, which is differentiable where a judge is not in practice; as a part of the reward it
     would be lost in the noise of the policy gradient (figures in the README).
- 7. --train modulation trains normalizations, biases and time embeddings, a ninth of the weights: they can sharpen and
+ 6. --train modulation trains normalizations, biases and time embeddings, a ninth of the weights: they can sharpen and
     calm every feature at every noise level, and collect less noise of the gradient than all weights do.
- 8. What is kept is a running average of the weights over the optimizer steps, and of these averages the one with the
+ 7. What is kept is a running average of the weights over the optimizer steps, and of these averages the one with the
     best reward on validation photographs within the budget there.
 
     python rl.py --task sr                                                              # laptop, a few minutes
@@ -65,11 +63,6 @@ def learning_rate(iteration, total, peak, warmup=4):
     """A linear rise over the first iterations, because Adam's first steps have full length on a gradient that is still
     mostly noise; then a cosine down to 0.3 of the peak, so that the run settles."""
     return peak * min(1.0, (iteration + 1) / warmup) * (0.65 + 0.35 * math.cos(math.pi * iteration / total))
-
-
-def noise_aware_weight(sigma_t):
-    """c_k = sigma_k^2 / mean sigma^2 over the steps with noise; (N,) -> (N,), 0 where sigma_t is 0."""
-    return sigma_t ** 2 / (sigma_t[sigma_t > 0] ** 2).mean()
 
 
 def kl_to_reference(mean, ref_mean, sigma_t):
@@ -141,7 +134,7 @@ class Config:
     out: Annotated[str, "folder of the run; empty: runs/TASK"] = ""
     seed: Annotated[int, "seed of inputs, sampler and losses"] = 0
     # rollout
-    iterations: Annotated[int, "rounds of rollout and update"] = 50
+    iterations: Annotated[int, "rounds of rollout and update"] = 40
     inputs: Annotated[int, "lq images per iteration"] = 16
     samples_per_input: Annotated[int, "restorations of each"] = 4
     pool: Annotated[int, "training inputs that recur; the memory keeps a history of each"] = 256
@@ -149,13 +142,13 @@ class Config:
     steps: Annotated[int, "DDIM steps; 0: as the SFT restorer was trained"] = 0
     eta: Annotated[float, "stochasticity, > 0; -1: as the SFT restorer was trained"] = -1.0
     views: Annotated[int, "symmetric views of an image, 1 to 8, whose rewards are averaged"] = 8
-    memory: Annotated[int, "latest rewards of an input that its memory keeps"] = 8
+    memory: Annotated[int, "latest rewards of an input that its memory keeps"] = 16
     # update
     train: Annotated[str, "weights that train: modulation (norms, biases, time embeddings) or all"] = "modulation"
     updates: Annotated[int, "optimizer steps per rollout"] = 2
     train_steps: Annotated[int, "denoising steps drawn for the update in each iteration; 0: all"] = 0
     micro_batch: Annotated[int, "samples in memory at once"] = 64
-    lr: Annotated[float, "peak learning rate of AdamW, see learning_rate"] = 3e-4
+    lr: Annotated[float, "peak learning rate of AdamW, see learning_rate"] = 4e-4
     clip_range: Annotated[float, "of the ratio of mean log-densities"] = 2e-3
     kl_coef: Annotated[float, "beta, weight of the KL to the SFT restorer"] = 0.01
     average: Annotated[float, "decay per optimizer step of the weight average that is saved; 0: the last weights"] = 0.9
@@ -284,18 +277,17 @@ def update(restorer, reference, average, optimizer, batches, price, cfg, noise):
     """`cfg.updates` optimizer steps on collected batches. Returns the means of what was logged, the ratio error first.
 
     Each optimizer step gets its own part of the drawn denoising steps; a micro-batch is one of them in one batch, and
-    then one chain of each input for its fidelity. A term whose coefficient is 0 costs no network pass.
+    then one chain of each input for its fidelity.
     """
     usable = batches[0]["trajectory"].stochastic.nonzero().flatten().cpu()
     drawn = usable[torch.randperm(len(usable), generator=noise)][:cfg.train_steps or None]
-    step_weight = noise_aware_weight(batches[0]["trajectory"].sigma_t)
     logs, total = [], sum(len(batch["lq"]) for batch in batches)
     for part in drawn.tensor_split(min(cfg.updates, len(drawn))):
         optimizer.zero_grad()
         for batch in batches:
             share = len(batch["lq"]) / total
             for k in part.tolist():
-                loss, info = step_loss(restorer, reference, batch, k, step_weight[k], k == part[0], cfg, noise)
+                loss, info = step_loss(restorer, reference, batch, k, len(part) * (k == part[0]), cfg, noise)
                 (loss * share / len(part)).backward()
                 logs.append({key: value.item() for key, value in info.items()})
             if cfg.fidelity_budget >= 0:
@@ -317,23 +309,27 @@ def update(restorer, reference, average, optimizer, batches, price, cfg, noise):
     return means | {"ratio_error": logs[0]["ratio_error"]}
 
 
-def step_loss(restorer, reference, batch, k, step_weight, with_sft, cfg, noise):
-    """The combined loss of step k of a batch -> (loss, info). The SFT loss needs no more than one draw per optimizer
-    step (with_sft) and input, shared by the input's samples: the same expectation at a fraction of the cost."""
+def step_loss(restorer, reference, batch, k, share, cfg, noise):
+    """The combined loss of step k of a batch -> (loss, info).
+
+    share: of the SFT and KL terms in it, which need no more than one step of each optimizer step: the number of steps
+    for that one, 0 for the others, the same expectation at a fraction of the cost. For the same reason the samples of
+    an input share one draw of the SFT loss. A term whose coefficient is 0 costs no network pass.
+    """
     from sft import sft_loss
     path, lq, hq, repeats = batch["trajectory"], batch["lq"], batch["hq"], cfg.samples_per_input
     step = repeat_step(restorer, path, k, lq, cfg.eta)
     rl, info = policy_loss(step.log_prob, path.log_prob[k], batch["advantage"][k], cfg.clip_range)
     sft = kl = torch.zeros_like(rl)
-    if with_sft and cfg.sft_coef > 0 and (batch["weight"] < 1).any():
+    if share * cfg.sft_coef > 0 and (batch["weight"] < 1).any():
         sft = sft_loss(restorer, lq[::repeats], hq[::repeats], noise).repeat_interleave(repeats)
         info["sft_loss"] = sft.mean().detach()
-    if cfg.kl_coef > 0:
+    if share * cfg.kl_coef > 0:
         with torch.no_grad():
             ref = repeat_step(reference, path, k, lq, cfg.eta)
         kl = kl_to_reference(step.mean, ref.mean, step.sigma_t)
         info["kl"] = kl.mean().detach()
-    loss = combined_loss(step_weight * rl, sft, kl, batch["weight"], cfg.sft_coef, cfg.kl_coef)
+    loss = combined_loss(rl, sft, kl, batch["weight"], share * cfg.sft_coef, share * cfg.kl_coef)
     return loss, info | {"rl_loss": rl.mean().detach(), "loss": loss.detach()}
 
 

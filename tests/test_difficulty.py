@@ -20,11 +20,12 @@ def test_advantage_equals_a_plain_loop():
         got = advantages(rewards, keys, memory, min_count=4, clip=5.0, delta=1e-4)
         for key, reward in zip(keys, rewards.tolist()):
             seen[key] = (seen.get(key, []) + [reward])[-6:]
-        expected = []
-        for reward, key in zip(rewards.tolist(), keys):
-            h = seen[key] if len(seen[key]) >= 4 else rewards.tolist()
-            expected.append((reward - statistics.fmean(h)) / (statistics.pstdev(h) + 1e-4))
-        centred = [a - statistics.fmean(expected) for a in expected]
+        histories = [seen[key] if len(seen[key]) >= 4 else rewards.tolist() for key in keys]
+        floor = statistics.fmean(statistics.pvariance(h) for h in histories) ** 0.5
+        expected = [(reward - statistics.fmean(h)) / (max(statistics.pstdev(h), floor) + 1e-4)
+                    for reward, h in zip(rewards.tolist(), histories)]
+        mean = {key: statistics.fmean(a for a, k in zip(expected, keys) if k == key) for key in "ab"}
+        centred = [a - mean.get(key, 0.0) for a, key in zip(expected, keys)]  # a single sample keeps its own
         assert got.tolist() == pytest.approx(centred, abs=1e-4)
 
 
@@ -33,6 +34,13 @@ def test_advantage_is_clipped_and_finite_for_equal_rewards():
     assert (advantages(torch.full((8,), 0.3), ["a"] * 8, memory).abs() < 1e-2).all()
     spike = advantages(torch.tensor([9.0] + [0.3] * 7), ["a"] * 8, memory, clip=2.0)
     assert spike[0].item() == pytest.approx(2.0) and spike[1:].max() < 0
+
+
+def test_small_differences_are_not_blown_up():
+    """Input a differs by a thousandth between samples, b by a tenth: a's advantages stay small."""
+    rewards = torch.tensor([0.500, 0.501, 0.500, 0.501, 0.4, 0.5, 0.4, 0.5])
+    advantage = advantages(rewards, ["a"] * 4 + ["b"] * 4, RewardMemory()).abs()
+    assert advantage[:4].max() < 0.02 and advantage[4:].min() > 0.5
 
 
 def test_lone_samples_have_a_signal_thanks_to_their_history():

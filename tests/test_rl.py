@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import rl
-from rl import (Config, FidelityPrice, better, check, combined_loss, kl_to_reference, noise_aware_weight,
-                policy_loss)
+from rl import Config, FidelityPrice, better, check, combined_loss, kl_to_reference, policy_loss
 from utils import UserError
 
 
@@ -41,11 +40,6 @@ def test_combined_loss_equals_a_loop(gen):
     torch.testing.assert_close(combined_loss(part, sft, kl, weight, 0.3, 0.1), expected)
     pure = combined_loss(part, sft, kl, torch.ones(5), 0.3, 0.0)
     assert pure == pytest.approx(part.mean().item())
-
-
-def test_noise_aware_weight_has_mean_1_and_leaves_out_steps_without_noise():
-    weight = noise_aware_weight(torch.tensor([0.9, 0.3, 0.0]))
-    assert weight[:2].mean() == pytest.approx(1) and weight[2] == 0 and weight[0] / weight[1] == pytest.approx(9)
 
 
 @pytest.mark.parametrize("worth", (0.5, 1.0, 2.0))
