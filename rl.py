@@ -91,12 +91,13 @@ class FidelityPrice:
     mean over dimensions and steps: at a price of 1 unit one std of fidelity weighs about as much as one of the reward.
     This is the multiplier of an augmented Lagrangian (Nocedal and Wright 2006, eq. 17.36): the proportional term
     bends a trade-off that is nearly a straight line, on which I alone, dual ascent, runs from one end to the other.
-    It acts without smoothing: a delay makes it overshoot. budget < 0: off, the prices are 0.
+    It acts without smoothing: a delay makes it overshoot. I starts at 0: within the budget fidelity is free, because
+    a price from the first dB on left most of the budget unspent. budget < 0: off, the prices are 0.
     """
 
     def __init__(self, budget, unit=(1.0, 1.0), gain=1.0, ki=0.02):
         self.budget, self.gain, self.ki = budget, gain, ki
-        self.unit, self.integral = torch.tensor(unit), torch.full((2,), gain)
+        self.unit, self.integral = torch.tensor(unit), torch.zeros(2)
 
     def update(self, drop):
         """drop (2,) -> prices (2,)."""
@@ -150,12 +151,12 @@ class Config:
     micro_batch: Annotated[int, "samples in memory at once"] = 64
     lr: Annotated[float, "peak learning rate of AdamW, see learning_rate"] = 4e-4
     clip_range: Annotated[float, "of the ratio of mean log-densities"] = 2e-3
-    kl_coef: Annotated[float, "beta, weight of the KL to the SFT restorer"] = 0.01
+    kl_coef: Annotated[float, "beta, weight of the KL to the SFT restorer"] = 0.001
     average: Annotated[float, "decay per optimizer step of the weight average that is saved; 0: the last weights"] = 0.9
     # RL against SFT
     weight: Annotated[str, "baseline, running, or fixed:W (0: SFT loss only, 1: RL loss only)"] = "baseline"
     distance: Annotated[str, "of difficulty: iqa_gap, mse or ssim"] = "iqa_gap"
-    sft_coef: Annotated[float, "lambda, weight of the SFT loss"] = 0.01
+    sft_coef: Annotated[float, "lambda, weight of the SFT loss"] = 0.001
     fidelity_budget: Annotated[float, "PSNR-Y in dB, and 20 SSIM, that RL may cost; -1: off"] = 0.2
     reward_mode: Annotated[str, "final, step, or step:K (every K-th denoising step is judged)"] = "final"
     # running
@@ -277,12 +278,13 @@ def update(restorer, reference, average, optimizer, batches, price, cfg, noise):
     """`cfg.updates` optimizer steps on collected batches. Returns the means of what was logged, the ratio error first.
 
     Each optimizer step gets its own part of the drawn denoising steps; a micro-batch is one of them in one batch, and
-    then one chain of each input for its fidelity.
+    then one chain for the fidelity of its part of the inputs.
     """
     usable = batches[0]["trajectory"].stochastic.nonzero().flatten().cpu()
     drawn = usable[torch.randperm(len(usable), generator=noise)][:cfg.train_steps or None]
     logs, total = [], sum(len(batch["lq"]) for batch in batches)
-    for part in drawn.tensor_split(min(cfg.updates, len(drawn))):
+    parts = drawn.tensor_split(min(cfg.updates, len(drawn)))
+    for index, part in enumerate(parts):
         optimizer.zero_grad()
         for batch in batches:
             share = len(batch["lq"]) / total
@@ -291,7 +293,7 @@ def update(restorer, reference, average, optimizer, batches, price, cfg, noise):
                 (loss * share / len(part)).backward()
                 logs.append({key: value.item() for key, value in info.items()})
             if cfg.fidelity_budget >= 0:
-                drop = chain_drop(restorer, batch, cfg, noise)
+                drop = chain_drop(restorer, batch, index, len(parts), cfg, noise)
                 prices = price.update(drop)
                 ((prices * drop).sum() * share).backward()
                 logs.append(dict(zip(("psnr_drop", "ssim_drop", "psnr_price", "ssim_price"),
@@ -333,11 +335,13 @@ def step_loss(restorer, reference, batch, k, share, cfg, noise):
     return loss, info | {"rl_loss": rl.mean().detach(), "loss": loss.detach()}
 
 
-def chain_drop(restorer, batch, cfg, noise):
-    """Fidelity lost against the SFT restorer, mean over the inputs of a batch, (2,), with its gradient through all
-    steps of a fresh chain of each input."""
+def chain_drop(restorer, batch, part, parts, cfg, noise):
+    """Fidelity lost against the SFT restorer, mean over a part of the inputs of a batch, (2,), with its gradient
+    through all steps of a fresh chain of each input."""
     from sample import rollout
-    lq, hq, sft = (batch[key][::cfg.samples_per_input] for key in ("lq", "hq", "fidelity_sft"))
+    inputs = len(batch["lq"]) // cfg.samples_per_input
+    own = slice(cfg.samples_per_input * (part % inputs), None, cfg.samples_per_input * min(parts, inputs))
+    lq, hq, sft = (batch[key][own] for key in ("lq", "hq", "fidelity_sft"))
     z = rollout(restorer, lq, cfg.steps, cfg.eta, noise, keep=False, grad=True).z[-1]
     return (sft - fidelity(restorer.decode(z, lq), hq)).mean(0)
 
@@ -415,7 +419,7 @@ def train(cfg):
     modules, rows, start = {"net": restorer.net, "average": average, "best": best.net}, [], 0
     watched = held_out(cfg.task, cfg.data, "val", 64, cfg.size, device)[:2]
     watchers = {name: load_reward(name, device) for name in ("judge", "judge2") if name != cfg.reward}
-    watchers["reward"] = scorer
+    watchers["reward"] = scorer  # loaded once when it is the judge itself
 
     def look(candidate):
         scores = evaluate(candidate, *watched, watchers, cfg.steps, cfg.eta, [0])[0]

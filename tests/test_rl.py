@@ -53,9 +53,10 @@ def test_price_holds_the_drop_at_its_budget(worth):
 
 
 def test_price_is_per_unit_and_per_quantity_and_off_without_a_budget():
+    assert FidelityPrice(0.2).update(torch.tensor([0.0, 0.2])).tolist() == [0, 0]  # free within the budget
     price = FidelityPrice(0.2, unit=(1.0, 10.0))
-    same, first = price.update(torch.tensor([0.2, 0.2])), price.update(torch.tensor([0.5, -0.5]))
-    assert same[1] == pytest.approx(10 * same[0].item()) and first[0] > same[0] and first[1] == 0
+    same, first = price.update(torch.tensor([0.4, 0.4])), price.update(torch.tensor([0.5, 0.1]))
+    assert same[1] == pytest.approx(10 * same[0].item()) and first[0] > same[0] > 0 and first[1] < same[1] / 10
     assert FidelityPrice(-1.0).update(torch.tensor([3.0, 3.0])).tolist() == [0, 0]
 
 
@@ -67,7 +68,7 @@ def test_fidelity_of_the_chain_has_the_gradient_of_a_finite_difference(tiny_rest
     restorer.train_only("modulation")
 
     def drop():
-        return rl.chain_drop(restorer, batch, cfg, torch.Generator().manual_seed(7))
+        return rl.chain_drop(restorer, batch, 0, 1, cfg, torch.Generator().manual_seed(7))
     parameters = restorer.trainable()
     before = drop()
     grads = torch.autograd.grad(before.sum(), parameters)
