@@ -135,7 +135,7 @@ class Config:
     out: Annotated[str, "folder of the run; empty: runs/TASK"] = ""
     seed: Annotated[int, "seed of inputs, sampler and losses"] = 0
     # rollout
-    iterations: Annotated[int, "rounds of rollout and update"] = 40
+    iterations: Annotated[int, "rounds of rollout and update"] = 60
     inputs: Annotated[int, "lq images per iteration"] = 16
     samples_per_input: Annotated[int, "restorations of each"] = 4
     pool: Annotated[int, "training inputs that recur; the memory keeps a history of each"] = 256
