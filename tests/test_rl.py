@@ -93,7 +93,8 @@ def test_better_is_a_higher_reward_within_the_budget():
 @pytest.mark.parametrize("changes, words", (
     ({"weight": "fixed:3"}, "--weight"), ({"eta": 0.0}, "--eta"), ({"reward": "judge2"}, "--reward"),
     ({"reward": "pyiqa:piqe"}, "--reward"), ({"reward_mode": "step:0"}, "--reward-mode"), ({"inputs": 999}, "--pool"),
-    ({"memory": 2}, "--memory"), ({"average": 1.0}, "--average"), ({"iterations": 0}, "--iterations"), ({"distance": "lpips"}, "--distance"),
+    ({"memory": 2}, "--memory"), ({"average": 1.0}, "--average"), ({"iterations": 0}, "--iterations"),
+    ({"distance": "lpips"}, "--distance"), ({"views": 9}, "--views"),
     ({"train": "head"}, "--train")))
 def test_bad_flags_are_named(changes, words):
     with pytest.raises(UserError, match=words):
@@ -144,8 +145,8 @@ def test_ratio_is_one_at_the_first_micro_batch(mode, dtype, run):
 
 
 def test_a_toy_reward_rises(run):
-    log = rows(run("toy", iterations=25, lr=2e-3, weight="fixed:1.0", train="all", kl_coef=0.0, fidelity_budget=-1.0, inputs=4,
-                   samples_per_input=4, micro_batch=16, clip_range=0.05, average=0.0, save_every=25))
+    log = rows(run("toy", iterations=25, lr=2e-3, weight="fixed:1.0", train="all", kl_coef=0.0, fidelity_budget=-1.0,
+                   inputs=4, samples_per_input=4, micro_batch=16, clip_range=0.05, average=0.0, save_every=25))
     first, last = (sum(row["reward"] for row in part) / 5 for part in (log[1:6], log[-5:]))
     assert last > first + 0.005
 
