@@ -30,7 +30,7 @@ Chosen here:
  7. What is kept is a running average of the weights over the optimizer steps, and of these averages the one with the
     best reward on validation photographs within the budget there.
 
-    python rl.py --task sr                                                              # laptop, a few minutes
+    python rl.py --task sr                                                              # laptop, about 10 minutes
     python rl.py --task sr --data ~/DIV2K_train_HR --device cuda --inputs 64 --iterations 500 --pool 4096
 """
 
