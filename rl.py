@@ -23,8 +23,8 @@ Chosen here:
     noise (reward.symmetric).
  5. Fidelity is a constraint, not a reward: maximize the judge's score while fidelity falls by at most
     --fidelity-budget. Its Lagrange multiplier, the price of a dB, controls itself (FidelityPrice). Its gradient goes
-    through the sampling chain, which is differentiable where a judge is not in practice; as a part of the reward it
-    would be lost in the noise of the policy gradient (figures in the README).
+    through the sampling chain, which is differentiable where a judge is not in practice, and is exact where a policy
+    gradient is mostly noise.
  6. --train modulation trains normalizations, biases and time embeddings, a ninth of the weights: they can sharpen and
     calm every feature at every noise level, and collect less noise of the gradient than all weights do.
  7. What is kept is a running average of the weights over the optimizer steps, and of these averages the one with the
