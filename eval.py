@@ -24,10 +24,11 @@ import torch
 
 
 @torch.no_grad()
-def evaluate(restorer, lq, hq, judges, steps, eta, seeds, batch=32):
+def evaluate(restorer, lq, hq, judges, steps, eta, seeds, batch=32, first=0):
     """Restores lq once per seed and scores it. restorer None: scores lq itself.
 
     lq, hq: (N, 3, H, W) in [-1, 1]. judges: name -> reward(images, refs) -> (N,).
+    first: index of lq[0], from which its noise follows.
     Returns (scores, images): scores[name] is (N,), the mean over seeds, and images (N, 3, H, W) of the first seed.
     """
     from reward import psnr, psnr_y, ssim
@@ -35,19 +36,19 @@ def evaluate(restorer, lq, hq, judges, steps, eta, seeds, batch=32):
     from utils import generator
 
     metrics = {**judges, "psnr_y": psnr_y, "psnr": psnr, "ssim": ssim}
-    totals, first = {name: torch.zeros(len(lq)) for name in metrics}, []
+    totals, shown = {name: torch.zeros(len(lq)) for name in metrics}, []
     for seed in seeds:
         for start in range(0, len(lq), batch):
             part = slice(start, start + batch)
             image = lq[part]
             if restorer is not None:
-                own = [generator(seed, 5, index) for index in range(start, start + len(image))]
+                own = [generator(seed, 5, first + start + i) for i in range(len(image))]
                 image = restorer.decode(rollout(restorer, image, steps, eta, own, keep=False).z[-1], image)
             for name, metric in metrics.items():
                 totals[name][part] += metric(image, hq[part]).float().cpu() / len(seeds)
             if seed == seeds[0]:
-                first.append(image)
-    return totals, torch.cat(first)
+                shown.append(image)
+    return totals, torch.cat(shown)
 
 
 def mean_se(values):

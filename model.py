@@ -1,29 +1,38 @@
 """Diffusion restorers behind one small interface, so that the same loop trains any of them.
 
 A restorer maps a low-quality image to a distribution over restored images by a diffusion model over a latent z:
-  encode(hq, lq) -> z0         the clean latent that stands for hq, (B, C, h, w)
-  decode(z, lq) -> image       back to (B, 3, H, W) in [-1, 1]
-  predict(z_t, t, lq) -> out   the network's output: epsilon, sample (z0) or v, as `scheduler` says, float32
-  scheduler                    diffusers' DDIMScheduler: alphas_cumprod, prediction type, spacing, last step
-  net, trainable()             the module and its parameters that train; train_only(part) freezes the others
-  defaults                     {"task", "steps", "eta"} the restorer was trained with
-  multiple, latent_shape(lq)   sides of lq must be multiples of `multiple`; the shape of z for a given lq
-  save(folder), load(...)      diffusers' folder format, safetensors
+  encode(hq, lq) -> z0            the clean latent that stands for hq, (B, C, H / factor, W / factor)
+  decode(z, lq) -> image          back to (B, 3, H, W) in [-1, 1]
+  condition(lq, generator) -> c   what the network sees of lq (B, 3, H, W) in [-1, 1]: lq itself, or made from it once
+  predict(z_t, t, c) -> out       the network's output: epsilon, sample (z0) or v, as `scheduler` says, float32
+  scheduler                       diffusers' DDIMScheduler: alphas_cumprod, prediction type, spacing, last step
+  net, weights()                  the module that trains and the parameters of it that do, see train_only(part)
+  defaults                        {"task", "steps", "eta"} the restorer was trained with
+  multiple, factor                sides of lq must be multiples of `multiple`; pixels per latent pixel
+  save(folder), load(name)        diffusers' folder format, safetensors
 
-The pixel restorer, small enough to train on a laptop:
-  z0 = residual_scale (hq - lq),   image = lq + z / residual_scale
-  out = pixel_shuffle(UNet2DModel([pixel_unshuffle(z_t), pixel_unshuffle(lq)], t))
+family          z                           network, and how it sees lq                           what trains
+pixel           scale (hq - lq)             UNet2DModel([z, lq]), both pixel-unshuffled           net
+ldm-sr          VQ latent, factor 4         UNet2DModel([z, lq / 4])                              UNet
+sd-controlnet   VAE latent, factor 8        Stable Diffusion's UNet, lq through a ControlNet      ControlNet
+sd-x4-upscaler  VAE latent, factor 4        UNet([z, noised lq / 4], noise level as a class)      UNet
+dit             VAE latent of any factor    DiT([z, VAE latent of lq])                            DiT
+("lq / 4" is lq shrunk by 4.) Their layouts are those of the checkpoints in FAMILIES; sources there.
 
 Chosen here:
- 1. The latent is the residual, scaled to about unit variance: lq already holds the low frequencies. Measured in a
-    trial: predicting hq itself is 4 dB worse after the same training time.
- 2. pixel_unshuffle by 2 quarters the cost of every convolution; no attention, so that any image size works. Group
-    normalization still sees the whole input, so a tile's output differs a little from the whole image's.
- 3. v-prediction with the squared-cosine schedule (Salimans and Ho 2022, Nichol and Dhariwal 2021), "trailing" steps
-    (Lin et al. 2024, arXiv 2305.08891), so that sampling starts from pure noise as training assumes.
+ 1. pixel: the latent is the residual, scaled to about unit variance, because lq already holds the low frequencies.
+    Measured in a trial: predicting hq itself is 4 dB worse after the same training time. pixel_unshuffle by 2 quarters
+    the cost of every convolution; no attention, so that any image size works. v-prediction, squared-cosine schedule
+    (Salimans and Ho 2022, Nichol and Dhariwal 2021), "trailing" steps (Lin et al. 2024, arXiv 2305.08891).
+ 2. lq always has the size of hq. A restorer that wants it smaller takes the mean of the central 2 x 2 of each 4 x 4
+    pixels, which undoes bicubic enlargement almost exactly (tests/test_model.py measures it).
+ 3. Weights that train are float32, also under bf16 autocast (`dtype`); frozen modules are held in `dtype` itself.
+    `frozen_copy` copies only what trains and shares the rest: that is what the KL reference costs.
+ 4. Classifier-free guidance is inside `predict`, so rollout and update cannot differ. Prompts are encoded once, on load.
 
-    python model.py                    # laptop: prints the size of the shipped restorer
-    python model.py --model FOLDER     # any saved restorer
+    python model.py                                           # laptop: prints what the shipped restorer is
+    python model.py --model sd-controlnet --controlnet lllyasviel/control_v11f1e_sd15_tile --out my-restorer
+    python model.py --model sd-controlnet --random --bench --size 512 --device cuda --dtype bfloat16
 """
 
 import copy
@@ -42,48 +51,70 @@ PIXEL_SCHEDULER = dict(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v
                        timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
 
 
-class PixelRestorer:
-    """Residual diffusion in pixel space with a UNet2DModel. Images (B, 3, H, W) in [-1, 1], z of the same shape."""
+def shrink(lq, factor):
+    """(B, 3, H, W) -> (B, 3, H / factor, W / factor), sampled at the centres of factor x factor blocks."""
+    return F.interpolate(lq, scale_factor=1 / factor, mode="bilinear", align_corners=False, antialias=False)
 
-    family = "pixel"
 
-    def __init__(self, net, scheduler, residual_scale=5.0, unshuffle=2, defaults=None):
-        self.net, self.scheduler = net, scheduler
-        self.residual_scale, self.unshuffle = residual_scale, unshuffle
-        self.defaults = {"task": "sr", "steps": 5, "eta": 1.0} | (defaults or {})
-        self.multiple = unshuffle * 2 ** (len(net.config.block_out_channels) - 1)
+class Restorer:
+    """What all families share. net trains; `frozen` (name -> module or tokenizer) never does."""
+
+    parts = {"net": ("unet", "UNet2DModel")}  # component -> (subfolder, class of diffusers or transformers)
+    pipeline = None                           # stock pipeline of diffusers that the saved folder runs in
+    settings = {}                             # options kept in restorer.json, with their defaults
+    factor, multiple = 1, 1
+
+    def __init__(self, net, scheduler, frozen=None, settings=None, defaults=None):
+        self.net, self.scheduler, self.frozen = net, scheduler, frozen or {}
+        self.settings = type(self).settings | (settings or {})
+        self.defaults = {"task": "sr", "steps": 20, "eta": 1.0} | (defaults or {})
         self.dtype = torch.float32
+        for module in self.frozen.values():
+            if isinstance(module, torch.nn.Module):
+                module.requires_grad_(False).eval()
+        net.eval()
+        self.train_only("all")
+        self.prepare()
 
-    @classmethod
-    def create(cls, unshuffle=2, residual_scale=5.0, defaults=None, seed=0, **unet):
-        """A restorer with random weights. unet: changes to PIXEL_UNET, e.g. block_out_channels for a larger one."""
-        from diffusers import DDIMScheduler, UNet2DModel
-        channels = 3 * unshuffle ** 2
-        with torch.random.fork_rng(devices=[]):  # diffusers initializes from the global generator only
-            torch.manual_seed(seed)
-            net = UNet2DModel(in_channels=2 * channels, out_channels=channels, **(PIXEL_UNET | unet))
-        return cls(net, DDIMScheduler(**PIXEL_SCHEDULER), residual_scale, unshuffle, defaults)
+    def prepare(self):
+        """Hook for what a family computes once, from its components."""
 
-    @classmethod
-    def from_folder(cls, folder, settings):
-        from diffusers import DDIMScheduler, UNet2DModel
-        net = UNet2DModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32, use_safetensors=True)
-        scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-        return cls(net, scheduler, settings["residual_scale"], settings["unshuffle"], settings["defaults"])
+    # ---- weights ----
 
-    def save(self, folder, dtype=torch.float32):
-        """Writes unet/, scheduler/ and restorer.json. dtype: of the stored weights; float16 halves the size."""
-        net = self.net if dtype == torch.float32 else torch.nn.Module.to(copy.deepcopy(self.net), dtype)
-        net.save_pretrained(Path(folder) / "unet", safe_serialization=True)
-        self.scheduler.save_pretrained(Path(folder) / "scheduler")
-        from utils import write_json
-        write_json(Path(folder) / "restorer.json", {
-            "family": self.family, "residual_scale": self.residual_scale, "unshuffle": self.unshuffle,
-            "defaults": self.defaults})
+    def train_only(self, part):
+        """Freezes all but a part: "all", or "modulation": normalizations, biases and time embeddings, which scale and
+        shift features at each noise level but learn no new filters."""
+        for name, p in self.net.named_parameters():
+            p.requires_grad_(part == "all" or "norm" in name or "time_emb" in name or name.endswith("bias"))
+        self.names = [name for name, p in self.net.named_parameters() if p.requires_grad]
+
+    def weights(self):
+        """The parameters that train, or in a frozen copy those that may differ from the original's; a list."""
+        parameters = dict(self.net.named_parameters())
+        return [parameters[name] for name in self.names]
+
+    def state_dict(self):
+        """name -> tensor of `weights`, what a checkpoint needs; load_state_dict copies such values in."""
+        return dict(zip(self.names, (p.detach() for p in self.weights())))
+
+    def load_state_dict(self, state):
+        for name, p in zip(self.names, self.weights()):
+            p.data.copy_(state[name])
+
+    def frozen_copy(self):
+        """The same restorer with its own copy of the weights that train, and sharing all others. It does not train."""
+        other = copy.copy(self)
+        shared = {id(p): p for p in self.net.parameters() if not p.requires_grad}
+        other.net = copy.deepcopy(self.net, shared).requires_grad_(False)
+        return other
 
     def to(self, device, dtype=torch.float32):
-        """dtype: of the network's arithmetic (autocast); weights, latents and the scheduler stay float32."""
+        """dtype: of the network's arithmetic (autocast) and of frozen weights; weights that train stay float32."""
         self.net.to(device)
+        for name, module in self.frozen.items():
+            if isinstance(module, torch.nn.Module) and name != "text_encoder":  # that one has done its work
+                # Stable Diffusion's VAE overflows in float16
+                torch.nn.Module.to(module, device, torch.float32 if "vae" in name and dtype == torch.float16 else dtype)
         self.dtype = dtype
         return self
 
@@ -91,76 +122,486 @@ class PixelRestorer:
     def device(self):
         return next(self.net.parameters()).device
 
-    def trainable(self):
-        """The parameters that an optimizer gets, a list."""
-        return [p for p in self.net.parameters() if p.requires_grad]
+    def checkpoint_gradients(self):
+        """Trades time for memory: activations inside the networks are computed again in the backward pass."""
+        for module in (self.net, self.frozen.get("unet")):
+            if module is not None:
+                module.enable_gradient_checkpointing()
 
-    def train_only(self, part):
-        """Freezes all but a part: "all", or "modulation": normalizations, biases and time embeddings, which scale and
-        shift features at each noise level but learn no new filters."""
-        for name, p in self.net.named_parameters():
-            p.requires_grad_(part == "all" or "norm" in name or "time_emb" in name or name.endswith("bias"))
+    # ---- the interface ----
+
+    @property
+    def channels(self):
+        return self.net.config.out_channels
 
     def latent_shape(self, lq):
-        return lq.shape
+        """(B, C, h, w) of z for lq (B, 3, H, W)."""
+        return (len(lq), self.channels, lq.shape[-2] // self.factor, lq.shape[-1] // self.factor)
+
+    def condition(self, lq, generator=None):
+        return lq
+
+    def predict(self, z_t, t, c):
+        """z_t (B, C, h, w), t (B,) integer timesteps, c from `condition` -> (B, C, h, w) float32."""
+        with torch.autocast(z_t.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.forward(z_t, t, c).float()
+
+    # ---- files ----
+
+    @classmethod
+    def load_parts(cls, source, names, dtype, options):
+        """Components from a folder or hub id in diffusers' format; net in float32, frozen ones in dtype."""
+        import diffusers
+        import transformers
+        parts = {}
+        for name in names:
+            subfolder, kind = cls.parts[name]
+            library = diffusers if hasattr(diffusers, kind) else transformers
+            typed = {"use_safetensors": True, "torch_dtype" if library is diffusers else "dtype":
+                     torch.float32 if name == "net" else dtype}
+            if name == "tokenizer" or "scheduler" in name:
+                typed = {}
+            parts[name] = getattr(library, kind).from_pretrained(source, subfolder=subfolder, **typed, **options)
+        return parts
+
+    @classmethod
+    def from_folder(cls, source, defaults=None, settings=None, dtype=torch.float32, options=None):
+        """source: a folder or hub id in diffusers' format. options: revision, for a hub id."""
+        parts = cls.load_parts(source, cls.parts, dtype, options or {})
+        return cls(parts.pop("net"), load_scheduler(source, options or {}), parts, settings, defaults)
+
+    def save(self, folder, dtype=torch.float32):
+        """Writes diffusers' folder and restorer.json. dtype: of the stored weights that train; float16 halves them."""
+        import diffusers
+
+        from utils import write_json
+        folder = Path(folder)
+        net = self.net if dtype == torch.float32 else torch.nn.Module.to(copy.deepcopy(self.net), dtype)
+        parts = {self.parts["net"][0]: net, **{self.parts[name][0]: part for name, part in self.frozen.items()}}
+        if self.pipeline:
+            getattr(diffusers, self.pipeline)(**parts, scheduler=self.scheduler, **self.pipeline_options()
+                                              ).save_pretrained(folder, safe_serialization=True)
+        else:
+            for name, part in parts.items():
+                part.save_pretrained(folder / name, safe_serialization=True)
+            self.scheduler.save_pretrained(folder / "scheduler")
+        write_json(folder / "restorer.json", {"family": self.family, **self.settings, "defaults": self.defaults})
+
+    def pipeline_options(self):
+        return {}
+
+
+def load_scheduler(source, options):
+    """The DDIM scheduler of a checkpoint: betas, offset, prediction type, spacing, last step are the checkpoint's own,
+    whatever sampler it names (Stable Diffusion 1.5 names PNDM)."""
+    from diffusers import DDIMScheduler
+    return DDIMScheduler.from_pretrained(source, subfolder="scheduler", **options)
+
+
+class PixelRestorer(Restorer):
+    """Residual diffusion in pixel space. z (B, 3, H, W) = scale (hq - lq)."""
+
+    family, settings = "pixel", {"residual_scale": 5.0, "unshuffle": 2}
+
+    def prepare(self):
+        self.multiple = self.settings["unshuffle"] * 2 ** (len(self.net.config.block_out_channels) - 1)
+
+    @classmethod
+    def create(cls, seed=0, defaults=None, unshuffle=2, **unet):
+        """Random weights. unet: changes to PIXEL_UNET, e.g. block_out_channels for a larger one."""
+        from diffusers import DDIMScheduler, UNet2DModel
+        channels = 3 * unshuffle ** 2
+        net = seeded(seed, UNet2DModel, in_channels=2 * channels, out_channels=channels, **(PIXEL_UNET | unet))
+        return cls(net, DDIMScheduler(**PIXEL_SCHEDULER), settings={"unshuffle": unshuffle},
+                   defaults={"steps": 5} | (defaults or {}))
+
+    channels = 3
 
     def encode(self, hq, lq):
-        return self.residual_scale * (hq - lq)
+        return self.settings["residual_scale"] * (hq - lq)
 
     def decode(self, z, lq):
-        return (lq + z / self.residual_scale).clamp(-1, 1)
+        return (lq + z / self.settings["residual_scale"]).clamp(-1, 1)
 
-    def predict(self, z_t, t, lq):
-        """z_t, lq: (B, 3, H, W); t: (B,) integer timesteps. Returns (B, 3, H, W) float32."""
-        x = F.pixel_unshuffle(torch.cat([z_t, lq], dim=1), self.unshuffle)  # (B, 6 u^2, H/u, W/u)
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            out = self.net(x, t).sample
-        return F.pixel_shuffle(out.float(), self.unshuffle)  # (B, 3, H, W)
-
-    def frozen_copy(self):
-        """The same restorer with weights of its own that do not train: the KL reference."""
-        other = copy.copy(self)
-        other.net = copy.deepcopy(self.net).requires_grad_(False).eval()
-        return other
+    def forward(self, z_t, t, c):
+        x = F.pixel_unshuffle(torch.cat([z_t, c], dim=1), self.settings["unshuffle"])  # (B, 6 u^2, H / u, W / u)
+        return F.pixel_shuffle(self.net(x, t).sample, self.settings["unshuffle"])
 
 
-FAMILIES = {"pixel": PixelRestorer}
+class LatentRestorer(Restorer):
+    """What the families on top of a frozen autoencoder (`vae`) share: latents scaled by its scaling_factor."""
+
+    scaled = True
+
+    def prepare(self):
+        vae = self.frozen["vae"]
+        if hasattr(vae, "use_tiling"):  # VQModel has none
+            vae.enable_slicing(), vae.enable_tiling()  # only images above the size it was trained at are cut
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.scaling = vae.config.scaling_factor if self.scaled else 1.0
+        net = self.net.config
+        depth = len(net.block_out_channels) - 1 if hasattr(net, "block_out_channels") else int(net.patch_size == 2)
+        self.multiple = self.factor * 2 ** depth
+        if "text_encoder" in self.frozen:
+            self.embed_prompt()
+
+    def encode(self, hq, lq=None):
+        vae = self.frozen["vae"]
+        with torch.no_grad():
+            out = vae.encode(hq.to(vae.dtype))  # the mode, not a sample: the target of a pair is one latent
+        z0 = out.latents if hasattr(out, "latents") else out.latent_dist.mode()
+        return z0.float() * self.scaling
+
+    def decode(self, z, lq=None):
+        vae = self.frozen["vae"]
+        return vae.decode((z / self.scaling).to(vae.dtype)).sample.float().clamp(-1, 1)
+
+    @torch.no_grad()
+    def embed_prompt(self):
+        """Encodes the prompt and, for guidance, the empty one: (2, tokens, width), on the text encoder's device."""
+        tokenizer, encoder = self.frozen["tokenizer"], self.frozen["text_encoder"]
+        ids = tokenizer([self.settings["prompt"], ""], padding="max_length", truncation=True,
+                        max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+        self.text = encoder(ids.to(encoder.device))[0].float()
+
+    def guided(self, z_t, t, c, network):
+        """network(z_t, t, c, text) with classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598):
+        out = out_empty + guidance (out_prompt - out_empty); guidance 1 costs one pass, any other two."""
+        guidance, count = self.settings["guidance"], len(z_t)
+        text = self.text.to(z_t.device, torch.float32)
+        if guidance == 1:
+            return network(z_t, t, c, text[:1].expand(count, -1, -1))
+        out = network(z_t.repeat(2, 1, 1, 1), t.repeat(2), c.repeat(2, 1, 1, 1), text.repeat_interleave(count, 0))
+        prompted, empty = out.chunk(2)
+        return empty + guidance * (prompted - empty)
 
 
-def load(name, device="cpu", dtype="float32", task="sr"):
-    """The restorer in a folder, or the shipped one (name empty: weights/TASK). Dropout off, ready to sample and train.
+class LDMSR(LatentRestorer):
+    """Latent diffusion for x4 super-resolution (Rombach et al. 2022, arXiv 2112.10752): z beside lq / 4, no text."""
 
-    Raises UserError that says what is missing.
+    family, pipeline, scaled = "ldm-sr", "LDMSuperResolutionPipeline", False
+    parts = {"net": ("unet", "UNet2DModel"), "vae": ("vqvae", "VQModel")}
+
+    @classmethod
+    def create(cls, seed=0, unet=None, vae=None):
+        from diffusers import DDIMScheduler, UNet2DModel, VQModel
+        down, up = ("DownBlock2D",) * 3 + ("AttnDownBlock2D",), ("AttnUpBlock2D",) + ("UpBlock2D",) * 3
+        net = seeded(seed, UNet2DModel, **(dict(
+            in_channels=6, out_channels=3, block_out_channels=(160, 320, 320, 640), layers_per_block=2,
+            down_block_types=down, up_block_types=up, attention_head_dim=32) | (unet or {})))
+        vq = seeded(seed + 1, VQModel, **(dict(
+            block_out_channels=(128, 256, 512), layers_per_block=2, num_vq_embeddings=8192,
+            down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3) | (vae or {})))
+        return cls(net, DDIMScheduler(beta_start=0.0015, beta_end=0.0155, beta_schedule="scaled_linear",
+                                      clip_sample=False), {"vae": vq})
+
+    def condition(self, lq, generator=None):
+        return shrink(lq, self.factor)
+
+    def forward(self, z_t, t, c):
+        return self.net(torch.cat([z_t, c], dim=1), t).sample
+
+
+class SDControlNet(LatentRestorer):
+    """Stable Diffusion with lq through a ControlNet (Zhang et al. 2023, arXiv 2302.05543), the paper's kind."""
+
+    family, pipeline = "sd-controlnet", "StableDiffusionControlNetPipeline"
+    settings = {"prompt": "", "guidance": 1.0}
+    parts = {"net": ("controlnet", "ControlNetModel"), "unet": ("unet", "UNet2DConditionModel"),
+             "vae": ("vae", "AutoencoderKL"), "text_encoder": ("text_encoder", "CLIPTextModel"),
+             "tokenizer": ("tokenizer", "CLIPTokenizer")}
+
+    @classmethod
+    def create(cls, seed=0, unet=None, vae=None, text=None):
+        from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
+        net = seeded(seed, UNet2DConditionModel, **(dict(cross_attention_dim=768) | (unet or {})))
+        parts = {"net": seeded(seed + 1, ControlNetModel.from_unet, net), "unet": net,
+                 "vae": random_vae(seed + 2, **(vae or {})), **random_text(seed + 3, **(text or {}))}
+        return cls(parts.pop("net"), DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                                   clip_sample=False, set_alpha_to_one=False, steps_offset=1), parts)
+
+    @property
+    def channels(self):
+        return self.frozen["unet"].config.out_channels
+
+    def forward(self, z_t, t, c):
+        def network(z, t, c, text):
+            down, middle = self.net(z, t, text, controlnet_cond=(c + 1) / 2, return_dict=False)
+            return self.frozen["unet"](z, t, text, down_block_additional_residuals=down,
+                                       mid_block_additional_residual=middle).sample
+        return self.guided(z_t, t, c, network)
+
+    def pipeline_options(self):
+        return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+
+class SDUpscaler(LatentRestorer):
+    """Stable Diffusion x4 upscaler: z beside lq / 4 with noise of a known level, which is also the class label."""
+
+    family, pipeline = "sd-x4-upscaler", "StableDiffusionUpscalePipeline"
+    settings = {"prompt": "", "guidance": 1.0, "noise_level": 20}
+    parts = {"net": ("unet", "UNet2DConditionModel"), "vae": ("vae", "AutoencoderKL"),
+             "text_encoder": ("text_encoder", "CLIPTextModel"), "tokenizer": ("tokenizer", "CLIPTokenizer"),
+             "low_res_scheduler": ("low_res_scheduler", "DDPMScheduler")}
+
+    @classmethod
+    def create(cls, seed=0, unet=None, vae=None, text=None):
+        from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+        net = seeded(seed, UNet2DConditionModel, **(dict(
+            in_channels=7, block_out_channels=(256, 512, 512, 1024), cross_attention_dim=1024, num_class_embeds=1000,
+            down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 3,
+            up_block_types=("CrossAttnUpBlock2D",) * 3 + ("UpBlock2D",), attention_head_dim=8,
+            only_cross_attention=(True, True, True, False), use_linear_projection=True) | (unet or {})))
+        parts = {"net": net, "vae": random_vae(seed + 2, **(dict(
+            block_out_channels=(128, 256, 512), scaling_factor=0.08333) | (vae or {}))),
+            **random_text(seed + 3, **(dict(hidden_size=1024, num_attention_heads=16, intermediate_size=4096,
+                                            num_hidden_layers=23) | (text or {}))),
+            "low_res_scheduler": DDPMScheduler(beta_schedule="squaredcos_cap_v2")}
+        return cls(parts.pop("net"), DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="scaled_linear",
+                                                   prediction_type="v_prediction", clip_sample=False,
+                                                   set_alpha_to_one=False, steps_offset=1), parts)
+
+    def condition(self, lq, generator=None):
+        """lq / 4 noised to `noise_level`; the noise is drawn once per restoration. generator: see sample.normal."""
+        from sample import normal
+        small = shrink(lq, self.factor)
+        level = torch.full((len(lq),), self.settings["noise_level"])
+        alphas = self.frozen["low_res_scheduler"].alphas_cumprod[level].view(-1, 1, 1, 1).to(lq)
+        return alphas.sqrt() * small + (1 - alphas).sqrt() * normal(small.shape, generator, lq.device)
+
+    def forward(self, z_t, t, c):
+        def network(z, t, c, text):
+            level = torch.full((len(z),), self.settings["noise_level"], device=z.device)
+            return self.net(torch.cat([z, c], dim=1), t, text, class_labels=level).sample
+        return self.guided(z_t, t, c, network)
+
+
+class DiTRestorer(LatentRestorer):
+    """A diffusion transformer (Peebles and Xie 2023, arXiv 2212.09748) that sees the VAE latent of lq beside z."""
+
+    family = "dit"
+    parts = {"net": ("transformer", "DiTTransformer2DModel"), "vae": ("vae", "AutoencoderKL")}
+
+    @classmethod
+    def create(cls, seed=0, transformer=None, vae=None):
+        from diffusers import DDIMScheduler, DiTTransformer2DModel
+        vae = random_vae(seed + 1, **(vae or {}))
+        channels = vae.config.latent_channels
+        net = seeded(seed, DiTTransformer2DModel, **(dict(
+            in_channels=2 * channels, out_channels=channels, num_embeds_ada_norm=1) | (transformer or {})))
+        return cls(net, DDIMScheduler(clip_sample=False, set_alpha_to_one=False), {"vae": vae})
+
+    def condition(self, lq, generator=None):
+        return self.encode(lq)
+
+    def forward(self, z_t, t, c):
+        label = torch.zeros_like(t)  # one class, and no dropout of it, because net stays in eval mode
+        return self.net(torch.cat([z_t, c], dim=1), t, class_labels=label).sample
+
+
+# ---- random weights at the published shapes, or smaller by overrides ----
+
+def seeded(seed, make, *args, **config):
+    """make(...) with random weights from `seed`: diffusers and transformers initialize from the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make(*args, **config)
+
+
+def random_vae(seed, **config):
+    from diffusers import AutoencoderKL
+    config = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512) | config
+    count = len(config["block_out_channels"])
+    return seeded(seed, AutoencoderKL, down_block_types=("DownEncoderBlock2D",) * count,
+                  up_block_types=("UpDecoderBlock2D",) * count, **config)
+
+
+def random_text(seed, **config):
+    """A CLIP text encoder and a tokenizer of letters, {"text_encoder", "tokenizer"}."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    letters = "abcdefghijklmnopqrstuvwxyz,."
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    config = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12) | config
+    encoder = seeded(seed, CLIPTextModel, CLIPTextConfig(**config, bos_token_id=0, eos_token_id=1, pad_token_id=1))
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[],
+                              model_max_length=config.get("max_position_embeddings", 77))
+    return {"text_encoder": encoder, "tokenizer": tokenizer}
+
+
+# ---- loading ----
+
+FAMILIES = {family.family: family for family in (PixelRestorer, LDMSR, SDControlNet, SDUpscaler, DiTRestorer)}
+HUB = {"ldm-sr": "CompVis/ldm-super-resolution-4x-openimages", "sd-x4-upscaler": "stabilityai/stable-diffusion-x4-upscaler",
+       "sd-controlnet": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+PIPELINES = {"LDMSuperResolutionPipeline": "ldm-sr", "StableDiffusionPipeline": "sd-controlnet",
+             "StableDiffusionControlNetPipeline": "sd-controlnet", "StableDiffusionUpscalePipeline": "sd-x4-upscaler"}
+
+
+def read_index(source, name, revision):
+    """The JSON file `name` of a folder or hub id as a dict, {} if there is none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+    if Path(source).is_dir():
+        return json.loads((Path(source) / name).read_text()) if (Path(source) / name).is_file() else {}
+    try:
+        return json.loads(Path(hf_hub_download(source, name, revision=revision)).read_text())
+    except EntryNotFoundError:
+        return {}
+
+
+def load(name, device="cpu", dtype="float32", task="sr", revision=None, controlnet=None, **settings):
+    """A restorer, in evaluation mode (no dropout), ready to sample and to train.
+
+    name: "" for the shipped one of `task`; a key of FAMILIES (random weights for pixel and dit, else the checkpoint in
+    HUB); a hub id; or a folder that sft.py, rl.py or diffusers has saved. controlnet: hub id or folder of a trained
+    ControlNet; without one, and none in the folder, it starts as a copy of the UNet. settings: of the family.
+    Raises UserError that says what is wrong and what to do.
     """
-    from utils import UserError
-    folder = Path(name) if name else Path(__file__).parent / "weights" / task
-    if not (folder / "restorer.json").is_file():
-        raise UserError(f"--model {folder}: no restorer.json there; give a folder that sft.py or rl.py has saved")
+    from utils import UserError, quiet
+    quiet()
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: unknown; choose one of {', '.join(DTYPES)}")
+    source = HUB.get(name, name) or str(Path(__file__).parent / "weights" / task)
+    if not name and not Path(source).is_dir():
+        raise UserError(f"--task {task}: no restorer in {source}; make one with: python sft.py --task {task}")
     try:
-        settings = json.loads((folder / "restorer.json").read_text())
-        restorer = FAMILIES[settings["family"]].from_folder(folder, settings)
-    except (OSError, KeyError, ValueError, RuntimeError, TypeError) as error:
-        raise UserError(f"--model {folder}: incomplete or damaged ({str(error).splitlines()[0]}); "
-                        "save it again or copy the whole folder") from None
-    restorer.net.eval()
-    return restorer.to(device, DTYPES[dtype])
+        if name in ("pixel", "dit"):
+            restorer = FAMILIES[name].create(defaults={"task": task}) if name == "pixel" else DiTRestorer.create()
+        else:
+            restorer = open_source(source, revision, controlnet, DTYPES[dtype], settings)
+        return restorer.to(device, DTYPES[dtype])
+    except torch.OutOfMemoryError:
+        raise UserError(f"--model {name}: not enough memory on {device}; use --dtype bfloat16 or a smaller model") from None
+    except (OSError, KeyError, ValueError, RuntimeError, TypeError, ImportError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--model {source}: cannot be loaded ({first}); give a complete folder that sft.py, rl.py or "
+                        "diffusers has saved, or a hub id on a machine with network") from None
+
+
+def open_source(source, revision, controlnet, dtype, settings):
+    """A restorer from a folder or hub id; its family from restorer.json, or from the pipeline that diffusers names."""
+    from utils import UserError
+    kept, index = (read_index(source, file, revision) for file in ("restorer.json", "model_index.json"))
+    options = {"revision": revision} if revision else {}
+    kind = kept.pop("family", None) or PIPELINES.get(index.get("_class_name"))
+    if kind not in FAMILIES:
+        found = index.get("_class_name") or ("no model_index.json" if not kept else f"family {kind}")
+        raise UserError(f"--model {source}: no restorer ({found}); give one of {', '.join(FAMILIES)}, or a folder or hub "
+                        f"id of {', '.join(PIPELINES)}")
+    family = FAMILIES[kind]
+    unknown = set(settings) - set(family.settings)
+    if unknown:
+        raise UserError(f"--{sorted(unknown)[0].replace('_', '-')}: {kind} has no such option")
+    defaults = kept.pop("defaults", None)
+    if kind != "sd-controlnet" or ("controlnet" in index and not controlnet):
+        return family.from_folder(source, defaults, kept | settings, dtype, options)
+    from diffusers import ControlNetModel
+    parts = family.load_parts(source, [name for name in family.parts if name != "net"], dtype, options)
+    net = (ControlNetModel.from_pretrained(controlnet, torch_dtype=torch.float32, use_safetensors=True) if controlnet
+           else seeded(0, ControlNetModel.from_unet, parts["unet"]).float())
+    return family(net, load_scheduler(source, options), parts, kept | settings, defaults)
 
 
 @dataclass
 class Config:
-    model: Annotated[str, "folder of a saved restorer; empty: the shipped one of --task"] = ""
+    # what
+    model: Annotated[str, "shipped one of --task if empty; a family's name, a hub id, or a folder"] = ""
     task: Annotated[str, "task of the shipped restorer"] = "sr"
+    revision: Annotated[str, "branch, tag or commit of a hub id"] = ""
+    random: Annotated[bool, "random weights at the family's published shapes, nothing is downloaded"] = False
+    # options that the saved restorer keeps
+    controlnet: Annotated[str, "sd-controlnet: a trained ControlNet, hub id or folder; empty: copied from the UNet"] = ""
+    prompt: Annotated[str, "Stable Diffusion: text prompt"] = ""
+    guidance: Annotated[float, "Stable Diffusion: classifier-free guidance, 1: none"] = 1.0
+    noise_level: Annotated[int, "sd-x4-upscaler: noise of its low-resolution input, 0 to 350"] = 20
+    out: Annotated[str, "folder to write the restorer to; empty: only print what it is"] = ""
+    # measuring
+    bench: Annotated[bool, "measure seconds and memory of a rollout step and of an update"] = False
+    size: Annotated[int, "side of the restored image in pixels"] = 512
+    batch: Annotated[int, "images at once"] = 1
+    gradient_checkpointing: Annotated[bool, "compute activations again instead of keeping them"] = False
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
+    dtype: Annotated[str, "float32, bfloat16 or float16: arithmetic, and weights of frozen parts"] = "float32"
+
+
+def memory(restorer):
+    """Bytes that RL needs before any activation, by arithmetic: {name: bytes}. Trained weights are float32, with a
+    gradient, two moments of Adam, the gradient of the fidelity and its average, the running average of the weights and
+    the frozen reference; frozen parts are held once."""
+    trained = sum(p.numel() for p in restorer.weights()) * 4
+    rest = sum(p.numel() for p in restorer.net.parameters()) * 4 - trained
+    frozen = sum(p.numel() * p.element_size() for name, module in restorer.frozen.items()
+                 if isinstance(module, torch.nn.Module) and name != "text_encoder" for p in module.parameters())
+    return {"trained weights": trained, "gradients": trained, "Adam": 2 * trained, "fidelity": 2 * trained,
+            "average": trained, "reference": trained, "frozen": rest + frozen}
+
+
+def bench(restorer, size, batch):
+    """Seconds of a rollout step, an update (forward and backward of one step), decoding, and the peak memory in GiB (of
+    a CUDA device, else NaN), on random images; the median of five after a warm-up."""
+    import time
+    from statistics import median
+
+    def timed(call):
+        seconds = []
+        for _ in range(6):
+            start = time.perf_counter()
+            call()
+            if restorer.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return median(seconds[1:])
+    cuda = restorer.device.type == "cuda"
+    generator = torch.Generator().manual_seed(0)
+    lq = (torch.rand(batch, 3, size, size, generator=generator) * 2 - 1).to(restorer.device)
+    c = restorer.condition(lq, generator)
+    z = torch.randn(restorer.latent_shape(lq), generator=generator).to(restorer.device)
+    t = torch.full((batch,), 500, device=restorer.device)
+    optimizer = torch.optim.AdamW(restorer.weights(), lr=1e-6)
+
+    def update():
+        restorer.predict(z, t, c).square().mean().backward()
+        optimizer.step(), optimizer.zero_grad()
+    no_grad = torch.no_grad()
+    result = {"rollout step, s": timed(lambda: no_grad(restorer.predict)(z, t, c)),
+              "decode, s": timed(lambda: no_grad(restorer.decode)(z, lq))}
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    result["update of one step, s"] = timed(update)
+    return result | {"peak memory of the update, GiB": torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")}
 
 
 def main():
-    from utils import parse
-    cfg = parse(Config, description="Prints what a saved restorer is.")
-    restorer = load(cfg.model, task=cfg.task)
-    count = sum(p.numel() for p in restorer.net.parameters())
-    print(f"{restorer.family}: {count / 1e6:.2f} M parameters, {restorer.scheduler.config.prediction_type}, "
-          f"sides a multiple of {restorer.multiple}, trained as {restorer.defaults}")
+    from utils import UserError, parse, pick_device
+    cfg = parse(Config, description="Prints, makes or measures a restorer.")
+    device = pick_device(cfg.device)
+    given = {"prompt": cfg.prompt, "guidance": cfg.guidance, "noise_level": cfg.noise_level}
+    if cfg.random:
+        if cfg.model not in FAMILIES:
+            raise UserError(f"--random --model {cfg.model}: choose one of {', '.join(FAMILIES)}")
+        with torch.device("meta") if not (cfg.bench or cfg.out) else torch.device("cpu"):
+            restorer = FAMILIES[cfg.model].create()
+        restorer.to(device if cfg.bench else "meta" if not cfg.out else "cpu", DTYPES[cfg.dtype])
+    else:
+        changed = {key: value for key, value in given.items() if value != getattr(Config, key)}
+        restorer = load(cfg.model, device, cfg.dtype, cfg.task, cfg.revision or None, cfg.controlnet or None, **changed)
+    if cfg.gradient_checkpointing:
+        restorer.checkpoint_gradients()
+    count = {"trains": sum(p.numel() for p in restorer.weights())} | {name: sum(p.numel() for p in m.parameters())
+             for name, m in restorer.frozen.items() if isinstance(m, torch.nn.Module)}
+    print(f"{restorer.family}: {restorer.scheduler.config.prediction_type}, sides a multiple of {restorer.multiple}, "
+          f"trained as {restorer.defaults}\nmillions of parameters: "
+          + "   ".join(f"{name} {value / 1e6:.2f}" for name, value in count.items()))
+    parts = memory(restorer)
+    print("GiB in RL without activations (computed): " + "   ".join(
+        f"{name} {value / 2**30:.2f}" for name, value in parts.items()) + f"   sum {sum(parts.values()) / 2**30:.2f}")
+    if cfg.bench:
+        if cfg.size % restorer.multiple:
+            raise UserError(f"--size {cfg.size}: must be a multiple of {restorer.multiple}")
+        print("measured: " + "   ".join(f"{k} {v:.3f}" for k, v in bench(restorer, cfg.size, cfg.batch).items()))
+    if cfg.out:
+        restorer.save(cfg.out)
+        print(f"wrote {cfg.out}")
 
 
 if __name__ == "__main__":

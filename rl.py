@@ -7,10 +7,10 @@ Reward" (arXiv 2511.01645). One iteration, i a sample, k a denoising step, theta
   2 reward      r_i = M(x_hat_i), or r_ik = M(decode(x0_hat(z_{t-1}))) for every k-th step          reward.py
   3 advantage   A = (min(r, M(hq_i)) - mean(history_i)) / (std(history_i) + delta), centred         difficulty.py
   4 difficulty  d_i from ground truth, w_i = sigmoid(k (d_i - m) / s)                               difficulty.py
-  5 update      L = mean_i [w_i L_RL,i + (1 - w_i) lambda L_SFT,i] + beta KL(p_theta || p_ref) + price . drop
+  5 update      L = mean_i [w_i L_RL,i + (1 - w_i) lambda L_SFT,i] + beta KL(p_theta || p_ref)
                 L_RL,i = max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  rho = exp(log p_theta - log p_old)
                 KL     = ||mu_theta - mu_ref||^2 / (2 sigma_t^2), mean over C, H, W
-                drop   = loss of PSNR-Y and SSIM against the SFT restorer, by the whole chain       (ours alone)
+                subject to  drop <= budget: the PSNR-Y and SSIM lost against the SFT restorer       (ours alone)
 The paper's exact equations are not public: README marks what is the paper's and what is our reconstruction.
 
 Chosen here:
@@ -21,17 +21,21 @@ Chosen here:
  4. The reward is capped at the ground truth's own score: to be judged better than a real photograph is no merit. It
     is the mean over --views symmetric views, because most of what one view says among restorations of one input is
     noise (reward.symmetric).
- 5. Fidelity is a constraint, not a reward: maximize the judge's score while fidelity falls by at most
-    --fidelity-budget. Its Lagrange multiplier, the price of a dB, controls itself (FidelityPrice). Its gradient goes
-    through the sampling chain, which is differentiable where a judge is not in practice, and is exact where a policy
-    gradient is mostly noise.
+ 5. Fidelity is a constraint, not a reward, and each step is a constrained one (ConstrainedAdamW): the loss decides
+    until the drop reaches --fidelity-budget, then the step slides along that limit. The gradient of the drop goes
+    through the sampling chain, which is differentiable where a judge is not in practice, on training inputs; how far
+    the limit is, is measured on validation photographs, because the training crops lose more.
  6. --train modulation trains normalizations, biases and time embeddings, a ninth of the weights: they can sharpen and
     calm every feature at every noise level, and collect less noise of the gradient than all weights do.
  7. What is kept is a running average of the weights over the optimizer steps, and of these averages the one with the
     best reward on validation photographs within the budget there.
+ 8. Every random number belongs to (seed, iteration, sample), so that neither the micro-batch, nor the number of
+    processes, nor a resumed run changes it. Processes share out the inputs; rewards, memory and difficulty are
+    gathered, gradients are summed once per optimizer step.
 
     python rl.py --task sr                                                              # laptop, about 10 minutes
-    python rl.py --task sr --data ~/DIV2K_train_HR --device cuda --inputs 64 --iterations 500 --pool 4096
+    python rl.py --task sr --model ldm-sr --reward qrealign-mini --data DIR --size 256 --dtype bfloat16  # one GPU
+    accelerate launch --num_processes 8 rl.py --task sr --model ldm-sr --reward qrealign-mini --data DIR --inputs 64
 """
 
 import math
@@ -82,36 +86,60 @@ def fidelity(images, refs):
     return torch.stack([psnr_y(images, refs), 20 * ssim(images, refs)], dim=1)
 
 
-class FidelityPrice:
-    """The prices of a dB of PSNR-Y and of 20 SSIM in the loss: Lagrange multipliers that control themselves.
+class ConstrainedAdamW(torch.optim.Optimizer):
+    """AdamW whose step keeps a quantity, the drop, within a budget: a step of the loss, bent by a Lagrange multiplier.
 
-    drop (2,) = `fidelity` of the SFT restorer minus that of the present one, on the same inputs.
-      price = unit max(0, I + gain (drop - budget) / budget),   I <- max(0, I + ki (drop - budget) / budget)
-    unit (2,) = 1 / (std of the fidelity among SFT restorations of one input), in the scale of L_RL, whose log p is a
-    mean over dimensions and steps: at a price of 1 unit one std of fidelity weighs about as much as one of the reward.
-    This is the multiplier of an augmented Lagrangian (Nocedal and Wright 2006, eq. 17.36): the proportional term
-    bends a trade-off that is nearly a straight line, on which I alone, dual ascent, runs from one end to the other.
-    It acts without smoothing: a delay makes it overshoot. I starts at 0: within the budget fidelity is free, because
-    a price from the first dB on left most of the budget unspent. budget < 0: off, the prices are 0.
+      m, v <- averages of g and g^2 (Loshchilov and Hutter 2019, arXiv 1711.05101),   D = 1 / (sqrt(v) + eps)
+      h    <- average, as m, of the gradient of the drop
+      lam  =  max(0, (rate (drop - budget) / lr - <h, D m>) / <h, D h>),   at most bound sqrt(<m, D m> / <h, D h>)
+      theta <- theta - lr D (m + lam h)
+    lam is the multiplier of: minimize the linearized loss in the metric 1 / D, subject to drop' <= drop - rate (drop -
+    budget), as in constrained policy optimization (Achiam et al. 2017, arXiv 1705.10528, eq. 11) with Adam's metric for
+    the Fisher matrix. So `rate` is the share of the distance to the limit that one step may go, or has to go back. lam
+    needs no scale and no memory: a penalty or dual ascent answers late here, and the drop swings about the limit.
+    h is kept out of v: it is often longer than g, and would shrink the steps long after it is needed.
+    Without set_constraint, and within the budget as long as h and m do not oppose, this is torch.optim.AdamW.
     """
 
-    def __init__(self, budget, unit=(1.0, 1.0), gain=1.0, ki=0.02):
-        self.budget, self.gain, self.ki = budget, gain, ki
-        self.unit, self.integral = torch.tensor(unit), torch.zeros(2)
+    def __init__(self, weights, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, rate=0.15, bound=3.0):
+        super().__init__(weights, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        self.rate, self.bound, self.multiplier, self.constraint = rate, bound, 0.0, None
 
-    def update(self, drop):
-        """drop (2,) -> prices (2,)."""
-        if self.budget < 0:
-            return torch.zeros_like(drop)
-        excess = (drop.detach().cpu() - self.budget) / max(self.budget, 1e-3)
-        self.integral = (self.integral + self.ki * excess).clamp(min=0)
-        return (self.unit * (self.integral + self.gain * excess).clamp(min=0)).to(drop)
+    def set_constraint(self, gradients, excess):
+        """For the next step. gradients: of the drop, one tensor per weight. excess: drop - budget, a float."""
+        self.constraint = (gradients, excess)
 
-    def state_dict(self):
-        return {"unit": self.unit.tolist(), "integral": self.integral.tolist()}
-
-    def load_state_dict(self, state):
-        self.unit, self.integral = torch.tensor(state["unit"]), torch.tensor(state["integral"])
+    @torch.no_grad()
+    def step(self):
+        group, = self.param_groups
+        lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
+        weights = [p for p in group["params"] if p.grad is not None]
+        gradients, excess = self.constraint or ([None] * len(group["params"]), None)
+        gradient_of = dict(zip(group["params"], gradients))
+        totals = torch.zeros(3, device=weights[0].device)  # <m, D m>, <h, D m>, <h, D h>
+        steps = []
+        for p in weights:
+            state = self.state[p]
+            if not state:
+                state |= {key: torch.zeros_like(p) for key in ("m", "v", "h")} | {"step": torch.zeros(())}
+            state["step"] += 1
+            state["m"].lerp_(p.grad, 1 - beta1), state["v"].lerp_(p.grad ** 2, 1 - beta2)
+            if excess is not None:
+                state["h"].lerp_(gradient_of[p], 1 - beta1)
+            count = state["step"].item()
+            m, h = (state[key] / (1 - beta1 ** count) for key in ("m", "h"))
+            scale = 1 / ((state["v"] / (1 - beta2 ** count)).sqrt() + eps)
+            totals += torch.stack([(m * scale * m).sum(), (h * scale * m).sum(), (h * scale * h).sum()])
+            steps.append((p, m, h, scale))
+        multiplier = 0.0
+        if excess is not None:
+            mm, hm, hh = totals.tolist()
+            wanted = (self.rate * excess / lr - hm) / max(hh, 1e-30)
+            multiplier = min(max(0.0, wanted), self.bound * math.sqrt(mm / max(hh, 1e-30)))
+            self.multiplier = multiplier * math.sqrt(hh / max(mm, 1e-30))  # length of the bend, relative to the step's
+        for p, m, h, scale in steps:
+            p.mul_(1 - lr * group["weight_decay"]).sub_(lr * scale * (m + multiplier * h))
+        self.constraint = None
 
 
 def better(row, best, sft, budget):
@@ -129,8 +157,9 @@ def better(row, best, sft, budget):
 class Config:
     # what
     task: Annotated[str, "degradation, a key of data.TASKS"] = "sr"
-    model: Annotated[str, "folder of the SFT restorer to start from; empty: weights/TASK"] = ""
-    reward: Annotated[str, "judge, mllm:FOLDER, psnr, psnr_y, ssim, pyiqa:NAME"] = "judge"
+    model: Annotated[str, "SFT restorer to start from: folder, hub id or name in model.py; empty: weights/TASK"] = ""
+    revision: Annotated[str, "branch, tag or commit of a hub id"] = ""
+    reward: Annotated[str, "a name or sum of names of reward.py"] = "judge"
     data: Annotated[str, "folder of photographs; empty: those inside the packages"] = ""
     out: Annotated[str, "folder of the run; empty: runs/TASK"] = ""
     seed: Annotated[int, "seed of inputs, sampler and losses"] = 0
@@ -163,7 +192,10 @@ class Config:
     resume: Annotated[bool, "go on from the last checkpoint in --out"] = False
     save_every: Annotated[int, "iterations between checkpoints and between looks at validation images"] = 5
     device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
-    dtype: Annotated[str, "float32, bfloat16 or float16: the network's arithmetic"] = "bfloat16"
+    reward_device: Annotated[str, "device of the reward; empty: as --device"] = ""
+    dtype: Annotated[str, "float32, bfloat16 or float16: arithmetic, and weights of frozen parts"] = "bfloat16"
+    gradient_checkpointing: Annotated[bool, "compute activations again instead of keeping them"] = False
+    trust_remote_code: Annotated[bool, "run Python code that a hub id of a reward brings along"] = False
 
 
 def check(cfg):
@@ -243,84 +275,44 @@ def collect(restorer, judge, lq, hq, cfg, noise):
     trajectory = rollout(restorer, lq, cfg.steps, cfg.eta, noise)
     rolled = time.perf_counter()
     images = stepwise_images(restorer, trajectory, lq, judged_every(cfg.reward_mode))
-    rewards = {k: judge(image, hq) for k, image in images.items()}
-    last = images[len(trajectory.t) - 1]
-    return {"trajectory": trajectory, "rewards": rewards, "reward": rewards[len(trajectory.t) - 1], "image": last,
-            "fidelity": fidelity(last, hq), "lq": lq, "hq": hq,
-            "seconds_rollout": rolled - start, "seconds_reward": time.perf_counter() - rolled}
+    rewards = {k: judge(image, hq).to(lq.device) for k, image in images.items()}
+    image = images[len(trajectory.t) - 1]
+    return {"trajectory": trajectory, "rewards": rewards, "image": image, "fidelity": fidelity(image, hq), "lq": lq,
+            "hq": hq, "seconds_rollout": rolled - start, "seconds_reward": time.perf_counter() - rolled}
 
 
 def distances(batch, reward_hq, kind):
     """Distance of each sample of `collect` to its ground truth, (B,); reward_hq (B,) is used by iqa_gap."""
     from difficulty import iqa_gap, mse, ssim_distance
     if kind == "iqa_gap":
-        return iqa_gap(batch["reward"], reward_hq)
+        return iqa_gap(batch["rewards"][max(batch["rewards"])], reward_hq)
     return mse(batch["image"], batch["hq"]) if kind == "mse" else ssim_distance(batch["fidelity"][:, 1] / 20)
 
 
-def step_advantages(batches, memory):
-    """Advantages of every denoising step, a (N, B) tensor per batch; a step that was not judged takes the next judged
-    one's. All batches count as one, so that the result does not depend on the micro-batch."""
+def step_advantages(rewards, keys, cap, memory):
+    """Advantages (N, B) of every denoising step from rewards {step: (B,)}; a step that was not judged takes the next
+    judged one's. cap (B,): the rewards of the ground truths."""
     from difficulty import advantages
-    sizes = [len(b["keys"]) for b in batches]
-    keys, cap = sum((b["keys"] for b in batches), []), torch.cat([b["cap"] for b in batches])
-    judged = batches[0]["rewards"]
-    result = [None] * (max(judged) + 1)  # the last step is always judged
+    result = [None] * (max(rewards) + 1)  # the last step is always judged
     for k in range(len(result) - 1, -1, -1):
-        if k in judged:
-            own = [f"{key}:{k}" for key in keys] if len(judged) > 1 else keys
-            latest = advantages(torch.minimum(torch.cat([b["rewards"][k] for b in batches]), cap), own, memory)
+        if k in rewards:
+            own = [f"{key}:{k}" for key in keys] if len(rewards) > 1 else keys
+            latest = advantages(torch.minimum(rewards[k], cap), own, memory)
         result[k] = latest
-    return torch.stack(result).split(sizes, dim=1)
-
-
-def update(restorer, reference, average, optimizer, batches, price, cfg, noise):
-    """`cfg.updates` optimizer steps on collected batches. Returns the means of what was logged, the ratio error first.
-
-    Each optimizer step gets its own part of the drawn denoising steps; a micro-batch is one of them in one batch, and
-    then one chain for the fidelity of its part of the inputs.
-    """
-    usable = batches[0]["trajectory"].stochastic.nonzero().flatten().cpu()
-    drawn = usable[torch.randperm(len(usable), generator=noise)][:cfg.train_steps or None]
-    logs, total = [], sum(len(batch["lq"]) for batch in batches)
-    parts = drawn.tensor_split(min(cfg.updates, len(drawn)))
-    for index, part in enumerate(parts):
-        optimizer.zero_grad()
-        for batch in batches:
-            share = len(batch["lq"]) / total
-            for k in part.tolist():
-                loss, info = step_loss(restorer, reference, batch, k, len(part) * (k == part[0]), cfg, noise)
-                (loss * share / len(part)).backward()
-                logs.append({key: value.item() for key, value in info.items()})
-            if cfg.fidelity_budget >= 0:
-                drop = chain_drop(restorer, batch, index, len(parts), cfg, noise)
-                prices = price.update(drop)
-                ((prices * drop).sum() * share).backward()
-                logs.append(dict(zip(("psnr_drop", "ssim_drop", "psnr_price", "ssim_price"),
-                                     [drop[0].item(), drop[1].item() / 20, *(prices / price.unit.to(drop)).tolist()])))
-        grad_norm = torch.nn.utils.clip_grad_norm_(restorer.trainable(), 1.0)
-        if not torch.isfinite(grad_norm):
-            from utils import UserError
-            raise UserError("the gradient is not finite; lower --lr or use --dtype float32; --resume goes on from "
-                            "the last checkpoint")
-        logs[-1]["grad_norm"] = grad_norm.item()
-        optimizer.step()
-        average.update_parameters(restorer.net)
-    keys = dict.fromkeys(key for log in logs for key in log)
-    means = {key: sum(log[key] for log in logs if key in log) / sum(key in log for log in logs) for key in keys}
-    return means | {"ratio_error": logs[0]["ratio_error"]}
+    return torch.stack(result)
 
 
 def step_loss(restorer, reference, batch, k, share, cfg, noise):
-    """The combined loss of step k of a batch -> (loss, info).
+    """The combined loss of step k of a batch -> (loss, info). noise: a generator for each input of the batch.
 
     share: of the SFT and KL terms in it, which need no more than one step of each optimizer step: the number of steps
     for that one, 0 for the others, the same expectation at a fraction of the cost. For the same reason the samples of
     an input share one draw of the SFT loss. A term whose coefficient is 0 costs no network pass.
     """
+    from sample import repeat_step
     from sft import sft_loss
     path, lq, hq, repeats = batch["trajectory"], batch["lq"], batch["hq"], cfg.samples_per_input
-    step = repeat_step(restorer, path, k, lq, cfg.eta)
+    step = repeat_step(restorer, path, k, cfg.eta)
     rl, info = policy_loss(step.log_prob, path.log_prob[k], batch["advantage"][k], cfg.clip_range)
     sft = kl = torch.zeros_like(rl)
     if share * cfg.sft_coef > 0 and (batch["weight"] < 1).any():
@@ -328,57 +320,124 @@ def step_loss(restorer, reference, batch, k, share, cfg, noise):
         info["sft_loss"] = sft.mean().detach()
     if share * cfg.kl_coef > 0:
         with torch.no_grad():
-            ref = repeat_step(reference, path, k, lq, cfg.eta)
+            ref = repeat_step(reference, path, k, cfg.eta)
         kl = kl_to_reference(step.mean, ref.mean, step.sigma_t)
         info["kl"] = kl.mean().detach()
     loss = combined_loss(rl, sft, kl, batch["weight"], share * cfg.sft_coef, share * cfg.kl_coef)
     return loss, info | {"rl_loss": rl.mean().detach(), "loss": loss.detach()}
 
 
-def chain_drop(restorer, batch, part, parts, cfg, noise):
-    """Fidelity lost against the SFT restorer, mean over a part of the inputs of a batch, (2,), with its gradient
-    through all steps of a fresh chain of each input."""
+def fidelity_gradient(restorer, lq, hq, kind, cfg, noise):
+    """Gradient of minus the mean fidelity (kind 0: PSNR-Y, 1: 20 SSIM) through whole chains of fresh noise, one for each
+    input: a list of one tensor per weight. Inputs go through in parts, because a chain keeps all its steps."""
+    from torch.utils.checkpoint import checkpoint
+
     from sample import rollout
-    inputs = len(batch["lq"]) // cfg.samples_per_input
-    own = slice(cfg.samples_per_input * (part % inputs), None, cfg.samples_per_input * min(parts, inputs))
-    lq, hq, sft = (batch[key][own] for key in ("lq", "hq", "fidelity_sft"))
-    z = rollout(restorer, lq, cfg.steps, cfg.eta, noise, keep=False, grad=True).z[-1]
-    return (sft - fidelity(restorer.decode(z, lq), hq)).mean(0)
+    weights = restorer.weights()
+    total = [torch.zeros_like(p) for p in weights]
+    part = max(1, cfg.micro_batch // cfg.steps)
+
+    def predict(*inputs):
+        return checkpoint(restorer.predict, *inputs, use_reentrant=False)
+    for i in range(0, len(lq), part):
+        z = rollout(restorer, lq[i:i + part], cfg.steps, cfg.eta, noise[i:i + part], keep=False, grad=True,
+                    predict=predict if cfg.gradient_checkpointing else None).z[-1]
+        loss = -fidelity(restorer.decode(z, lq[i:i + part]), hq[i:i + part])[:, kind].sum() / len(lq)
+        torch._foreach_add_(total, torch.autograd.grad(loss, weights, materialize_grads=True))
+    return total
 
 
-def repeat_step(restorer, path, k, lq, eta):
-    """Step k of a rollout once more with the present weights: the Step from its z_t to its z_{t-1}."""
-    from sample import ddim_step
-    a, b = (x.expand(len(lq)) for x in path.alpha_bar[k])
-    output = restorer.predict(path.z[k], path.t[k].expand(len(lq)), lq)
-    return ddim_step(output, path.z[k], a, b, eta, restorer.scheduler.config.prediction_type, path.z[k + 1])
+def summed(gradients):
+    """The gradients of all processes added up; one message, because many small ones are slow."""
+    from accelerate.utils import reduce
+    flat = reduce(torch.cat([g.flatten() for g in gradients]), "sum")
+    return [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients)]
 
 
-def measure_pool(restorer, judge, pool, cfg, noise, memory, difficulty):
+def update(restorer, reference, average, optimizer, batches, total, excess, cfg, noise):
+    """`cfg.updates` optimizer steps on collected batches. Returns the means of what was logged, the ratio error first.
+
+    Each optimizer step gets its own part of the drawn denoising steps, and of the inputs for the fidelity; a micro-batch
+    is one step in one batch. total: samples of all processes. excess (2,): drop - budget, or None without a budget.
+    noise(*stream, inputs=False): the generator of a purpose, or a list of them, one for each input of this process.
+    """
+    usable = batches[0]["trajectory"].stochastic.nonzero().flatten().cpu()
+    drawn = usable[torch.randperm(len(usable), generator=noise(0))][:cfg.train_steps or None]
+    parts, repeats, logs = drawn.tensor_split(min(cfg.updates, len(drawn))), cfg.samples_per_input, []
+    lq, hq = (torch.cat([batch[key] for batch in batches])[::repeats] for key in ("lq", "hq"))
+    for index, part in enumerate(parts):
+        optimizer.zero_grad()
+        own = noise(1, index, inputs=True)
+        for batch in batches:
+            mine, own = own[:len(batch["lq"]) // repeats], own[len(batch["lq"]) // repeats:]
+            for k in part.tolist():
+                loss, info = step_loss(restorer, reference, batch, k, len(part) * (k == part[0]), cfg, mine)
+                (loss * len(batch["lq"]) / total / len(part)).backward()
+                logs.append({key: value.item() for key, value in info.items()})
+        weights = restorer.weights()
+        gradients = summed([torch.zeros_like(p) if p.grad is None else p.grad for p in weights])
+        for p, gradient in zip(weights, gradients):
+            p.grad = gradient
+        grad_norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        if not torch.isfinite(grad_norm):
+            from utils import UserError
+            raise UserError("the gradient is not finite; lower --lr or use --dtype float32; --resume goes on from "
+                            "the last checkpoint")
+        logs[-1]["grad_norm"] = grad_norm.item()
+        if excess is not None:
+            kind, some = int(excess.argmax()), slice(index % len(lq), None, min(len(parts), len(lq)))
+            gradient = fidelity_gradient(restorer, lq[some], hq[some], kind, cfg, noise(2, index, inputs=True)[some])
+            ways = total / repeats / len(lq)  # processes: the mean over inputs of all
+            optimizer.set_constraint(summed([g / ways for g in gradient]), excess[kind].item())
+        optimizer.step()
+        logs[-1]["constraint"] = optimizer.multiplier
+        torch._foreach_lerp_(average.weights(), restorer.weights(), 1 - cfg.average)
+    keys = dict.fromkeys(key for log in logs for key in log)
+    means = {key: sum(log[key] for log in logs if key in log) / sum(key in log for log in logs) for key in keys}
+    return means | {"ratio_error": logs[0]["ratio_error"]}
+
+
+# ---- processes: each holds its own share of the samples, all hold the memory and the difficulty of all ----
+
+def own_share(x, world):
+    """The part of x (a tensor) that belongs to this process: contiguous and of equal size."""
+    return x.tensor_split(world.num_processes)[world.process_index]
+
+
+def everyone(parts):
+    """The tensors of the batches of this process, then those of the other processes, in the order of the samples."""
+    from accelerate.utils import gather
+    return gather(torch.cat(parts).contiguous())
+
+
+def measure_pool(restorer, judge, pool, cfg, world, memory, difficulty):
     """What the SFT restorer does on each training input, from two restorations of each: first memory and distances.
 
-    Returns {"fidelity": [(2,) of each input], "reward_hq": [...], "spread": (2,)}; spread is the standard deviation of
-    the fidelity among the restorations of one input.
-    """
+    Returns the rewards of the ground truths, (pool,)."""
     from tqdm import tqdm
-    repeats, batches = 2, []
-    for ids in tqdm(torch.arange(cfg.pool).split(max(1, cfg.micro_batch // repeats)), desc="baseline", unit="batch"):
-        lq, hq = pool[0][ids], pool[1][ids]
-        batch = collect(restorer, judge, lq.repeat_interleave(repeats, 0), hq.repeat_interleave(repeats, 0), cfg, noise)
-        batches.append({"keys": [str(i) for i in ids.tolist() for _ in range(repeats)], "rewards": batch["rewards"],
-                        "cap": judge(hq, hq).repeat_interleave(repeats), "fidelity": batch["fidelity"]})
-        distance = distances(batch, batches[-1]["cap"], cfg.distance)
-        difficulty.observe(batches[-1]["keys"], distance)
+
+    from utils import generator
+    repeats, batches, lq, hq = 2, [], *pool
+    ids = torch.arange(cfg.pool).repeat_interleave(repeats)
+    for part in tqdm(own_share(torch.arange(len(ids)), world).split(max(repeats, cfg.micro_batch // repeats * repeats)),
+                     desc="baseline", unit="batch", disable=not world.is_main_process):
+        own = [generator(cfg.seed, 23, i) for i in part.tolist()]
+        batch = collect(restorer, judge, lq[ids[part]], hq[ids[part]], cfg, own)
+        cap = judge(batch["hq"][::repeats], batch["hq"][::repeats]).to(lq.device).repeat_interleave(repeats)
+        batches.append({"rewards": batch["rewards"], "cap": cap, "distance": distances(batch, cap, cfg.distance)})
+    cap, distance = (everyone([b[key] for b in batches]) for key in ("cap", "distance"))
+    keys = [str(i) for i in ids.tolist()]
+    difficulty.observe(keys, distance)
     difficulty.set_anchor()
-    step_advantages(batches, memory)
-    fidelities = torch.cat([b["fidelity"] for b in batches]).view(-1, repeats, 2)
-    return {"fidelity": fidelities.mean(1).tolist(), "spread": fidelities.std(1).mean(0).clamp(min=1e-3).tolist(),
-            "reward_hq": torch.cat([b["cap"] for b in batches])[::repeats].tolist()}
+    step_advantages({k: everyone([b["rewards"][k] for b in batches]) for k in batches[0]["rewards"]}, keys, cap, memory)
+    return cap[::repeats]
 
 
 def train(cfg):
     """Runs the RL stage; see the top of this file. Returns the summary, also written to cfg.out/summary.json."""
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    from types import SimpleNamespace
+
+    from accelerate import PartialState
     from tqdm import tqdm
 
     from data import get_task, photographs, random_crops
@@ -387,12 +446,17 @@ def train(cfg):
     from model import load
     from reward import load as load_reward
     from reward import symmetric
-    from utils import (UserError, generator, load_checkpoint, pick_device, save_checkpoint, write_json, write_rows)
+    from utils import UserError, generator, load_checkpoint, pick_device, save_checkpoint, write_json, write_rows
 
     # set-up
     check(cfg)
-    out, device, degrade = Path(cfg.out or f"runs/{cfg.task}"), pick_device(cfg.device), get_task(cfg.task)
-    restorer = load(cfg.model, device, cfg.dtype, cfg.task)
+    world = PartialState(cpu=cfg.device == "cpu")
+    device = str(world.device) if world.num_processes > 1 else pick_device(cfg.device)
+    for name in ("inputs", "pool"):
+        if getattr(cfg, name) % world.num_processes:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must be a multiple of the {world.num_processes} processes")
+    out, degrade = Path(cfg.out or f"runs/{cfg.task}"), get_task(cfg.task)
+    restorer = load(cfg.model, device, cfg.dtype, cfg.task, cfg.revision or None)
     cfg.steps, cfg.eta = cfg.steps or restorer.defaults["steps"], cfg.eta if cfg.eta > 0 else restorer.defaults["eta"]
     times = restorer.scheduler.config.num_train_timesteps
     if cfg.steps < 2 or times % cfg.steps or cfg.eta <= 0:
@@ -401,98 +465,119 @@ def train(cfg):
     if cfg.size % restorer.multiple:
         raise UserError(f"--size {cfg.size}: must be a multiple of {restorer.multiple}")
     restorer.defaults |= {"task": cfg.task, "steps": cfg.steps, "eta": cfg.eta}
-    reference, scorer = restorer.frozen_copy(), load_reward(cfg.reward, device)
-    judge = symmetric(scorer, cfg.views)
     restorer.train_only(cfg.train)
-    optimizer = torch.optim.AdamW(restorer.trainable(), lr=cfg.lr, weight_decay=0.0)
-    average = AveragedModel(restorer.net, multi_avg_fn=get_ema_multi_avg_fn(cfg.average))
-    average.update_parameters(restorer.net)  # the first update copies: the average starts at the SFT weights
-    averaged, best = reference.frozen_copy(), reference.frozen_copy()
-    averaged.net = average.module
+    if cfg.gradient_checkpointing:
+        restorer.checkpoint_gradients()
+    reference, average = restorer.frozen_copy(), restorer.frozen_copy()
+    optimizer = ConstrainedAdamW(restorer.weights(), lr=cfg.lr)
+    best = {name: value.cpu().clone() for name, value in reference.state_dict().items()}
+    scorer = load_reward(cfg.reward, cfg.reward_device or device)
+    judge = symmetric(scorer, cfg.views)
     memory, difficulty = RewardMemory(cfg.memory), Difficulty(cfg.weight)
-    price = FidelityPrice(cfg.fidelity_budget)
-    generators = {name: generator(cfg.seed, 20, i) for i, name in enumerate(("inputs", "rollout", "update"))}
-    fixed = generator(cfg.seed, 21)
     photographs("test", cfg.data, cfg.size)  # a missing photograph ends the run here, not at its final table
+    fixed = generator(cfg.seed, 20)
     hq = random_crops(photographs("train", cfg.data, cfg.size), cfg.pool, cfg.size, fixed)
     pool = (degrade(hq, fixed).to(device), hq.to(device))
-    modules, rows, start = {"net": restorer.net, "average": average, "best": best.net}, [], 0
-    watched = held_out(cfg.task, cfg.data, "val", 64, cfg.size, device)[:2]
+    modules = {"net": restorer, "average": average,
+               "best": SimpleNamespace(state_dict=lambda: best, load_state_dict=best.update)}
+    lq, hq = held_out(cfg.task, cfg.data, "val", 64, cfg.size, device)[:2]
+    watched = own_share(torch.arange(len(lq) // world.num_processes * world.num_processes), world)
     watchers = {name: load_reward(name, device) for name in ("judge", "judge2") if name != cfg.reward}
     watchers["reward"] = scorer  # loaded once when it is the judge itself
 
-    def look(candidate):
-        scores = evaluate(candidate, *watched, watchers, cfg.steps, cfg.eta, [0])[0]
-        scores.setdefault("judge", scores["reward"])
-        return {f"val_{key}": scores[key].mean().item() for key in ("reward", "judge", "judge2", "psnr_y", "ssim")}
+    def look(candidate, watchers):
+        own = evaluate(candidate, lq[watched], hq[watched], watchers, cfg.steps, cfg.eta, [0], first=int(watched[0]))[0]
+        scores = {key: everyone([value.to(device)]).mean().item() for key, value in own.items()}
+        scores.setdefault("judge", scores.get("reward"))
+        return {f"val_{key}": value for key, value in scores.items() if key != "psnr" and value is not None}
 
+    def fidelity_on_validation(candidate):  # of half the crops, (2,): it is asked for in every iteration
+        some = watched[:math.ceil(len(watched) / 2)]
+        image = evaluate(candidate, lq[some], hq[some], {}, cfg.steps, cfg.eta, [0], first=int(some[0]))[1]
+        return everyone([fidelity(image, hq[some])]).mean(0).cpu()
+    fidelity_sft = fidelity_on_validation(reference)
+
+    start, rows, chosen_at = 0, [], 0
     if cfg.resume:
         if not (out / "checkpoint.safetensors").exists():
             raise UserError(f"--resume: no checkpoint in {out}; start without it")
         check_resume(cfg, out / "config.json")
-        info = load_checkpoint(out / "checkpoint.safetensors", modules, optimizer, generators)
-        start, rows, baseline, chosen_at = info["iteration"], info["rows"], info["baseline"], info["chosen_at"]
+        info = load_checkpoint(out / "checkpoint.safetensors", modules, optimizer, {})
+        start, rows, chosen_at = info["iteration"], info["rows"], info["chosen_at"]
+        reward_hq = torch.tensor(info["reward_hq"], device=device)
         memory.load_state_dict(info["memory"]), difficulty.load_state_dict(info["difficulty"])
-        price.load_state_dict(info["price"])
     else:
-        write_json(out / "config.json", asdict(cfg))
-        print("   ".join(f"{key} {value}" for key, value in asdict(cfg).items() if value != ""))
-        baseline = measure_pool(restorer, judge, pool, cfg, generators["rollout"], memory, difficulty)
-        rows = [{"iteration": 0, "distance": sum(difficulty.latest.values()) / cfg.pool} | look(averaged)]
-        dimensions, chosen_at = reference.latent_shape(pool[0][:1]).numel() * (cfg.steps - 1), 0
-        price.unit = 1 / (torch.tensor(baseline["spread"]) * dimensions)
-    fidelity_sft, reward_hq = (torch.tensor(baseline[key], device=device) for key in ("fidelity", "reward_hq"))
+        if world.is_main_process:
+            write_json(out / "config.json", asdict(cfg))
+            print("   ".join(f"{key} {value}" for key, value in asdict(cfg).items() if value != ""))
+        reward_hq = measure_pool(restorer, judge, pool, cfg, world, memory, difficulty)
+        rows = [{"iteration": 0, "distance": sum(difficulty.latest.values()) / cfg.pool} | look(average, watchers)]
 
-    for iteration in (bar := tqdm(range(start, cfg.iterations), initial=start, total=cfg.iterations, desc="rl")):
+    repeats = cfg.samples_per_input
+    for iteration in (bar := tqdm(range(start, cfg.iterations), initial=start, total=cfg.iterations, desc="rl",
+                                  disable=not world.is_main_process)):
         # rollout and reward, in batches that fit into memory
-        chosen = torch.randperm(cfg.pool, generator=generators["inputs"])[:cfg.inputs]
-        batches = []
-        for ids in chosen.split(max(1, cfg.micro_batch // cfg.samples_per_input)):
-            ids = ids.repeat_interleave(cfg.samples_per_input).to(device)
-            batch = collect(restorer, judge, pool[0][ids], pool[1][ids], cfg, generators["rollout"])
-            batches.append(batch | {"keys": [str(i) for i in ids.tolist()], "cap": reward_hq[ids],
-                                    "fidelity_sft": fidelity_sft[ids]})
+        order = torch.randperm(cfg.pool, generator=generator(cfg.seed, 21, iteration))[:cfg.inputs]
+        ids, places = order.repeat_interleave(repeats), own_share(torch.arange(cfg.inputs * repeats), world)
+        keys, cap, batches = [str(i) for i in ids.tolist()], reward_hq[ids.to(device)], []
+        for part in places.split(max(repeats, cfg.micro_batch // repeats * repeats)):
+            own = [generator(cfg.seed, 22, iteration, i) for i in part.tolist()]
+            batches.append(collect(restorer, judge, pool[0][ids[part]], pool[1][ids[part]], cfg, own))
 
-        # advantage from the memory of each input
-        for batch, advantage in zip(batches, step_advantages(batches, memory)):
-            batch["advantage"] = advantage
+        # advantage from the memory of each input, over all processes
+        rewards = {k: everyone([b["rewards"][k] for b in batches]) for k in batches[0]["rewards"]}
+        advantage = step_advantages(rewards, keys, cap, memory)
 
         # difficulty, and the weight between RL and SFT
-        for batch in batches:
-            batch["distance"] = distances(batch, batch["cap"], cfg.distance)
-            difficulty.observe(batch["keys"], batch["distance"])
-        for batch in batches:
-            batch["weight"] = difficulty.weight(batch["distance"])
+        caps = own_share(cap, world).split([len(b["lq"]) for b in batches])
+        distance = everyone([distances(b, c, cfg.distance) for b, c in zip(batches, caps)])
+        difficulty.observe(keys, distance)
+        weight = difficulty.weight(distance)
+        sizes = [len(b["lq"]) for b in batches]
+        for batch, a, w in zip(batches, own_share(advantage.T, world).split(sizes), own_share(weight, world).split(sizes)):
+            batch["advantage"], batch["weight"] = a.T, w
 
         # update
+        def noise(*stream, inputs=False):
+            if not inputs:
+                return generator(cfg.seed, 24, iteration, *stream)
+            own = own_share(torch.arange(cfg.inputs), world).tolist()
+            return [generator(cfg.seed, 24, iteration, *stream, i) for i in own]
         optimizer.param_groups[0]["lr"] = learning_rate(iteration, cfg.iterations, cfg.lr)
         began = time.perf_counter()
-        losses = update(restorer, reference, average, optimizer, batches, price, cfg, generators["update"])
+        drop = fidelity_sft - fidelity_on_validation(restorer) if cfg.fidelity_budget >= 0 else None
+        excess = None if drop is None else drop - cfg.fidelity_budget
+        losses = update(restorer, reference, average, optimizer, batches, len(ids), excess, cfg, noise)
 
         # log, and keep the best average so far
-        row = {"iteration": iteration + 1}
-        for key in ("reward", "distance", "weight"):
-            row[key] = torch.cat([b[key] for b in batches]).mean().item()
-        psnr, ssim = torch.cat([b["fidelity"] for b in batches]).mean(0).tolist()
+        reward = rewards[max(rewards)]
+        row = {"iteration": iteration + 1, "reward": reward.mean().item(), "distance": distance.mean().item(),
+               "weight": weight.mean().item()}
+        psnr, ssim = everyone([b["fidelity"] for b in batches]).mean(0).tolist()
         row |= {"psnr_y": psnr, "ssim": ssim / 20} | losses
+        row |= {} if drop is None else {"psnr_drop": drop[0].item(), "ssim_drop": drop[1].item() / 20}
         row |= {key: sum(b[key] for b in batches) for key in ("seconds_rollout", "seconds_reward")}
         row["seconds_update"] = time.perf_counter() - began
         rows.append(row)
         bar.set_postfix({k: f"{row[k]:.3f}" for k in ("reward", "distance", "weight", "psnr_drop") if k in row})
         if (iteration + 1) % cfg.save_every == 0 or iteration + 1 == cfg.iterations:
-            row |= look(averaged)
+            row |= look(average, watchers)
             if better(row, rows[chosen_at], rows[0], cfg.fidelity_budget):
-                best.net.load_state_dict(average.module.state_dict())
+                best.update({name: value.cpu().clone() for name, value in average.state_dict().items()})
                 chosen_at = iteration + 1
-            save_checkpoint(out / "checkpoint.safetensors", modules, optimizer, generators, {
-                "iteration": iteration + 1, "rows": rows, "baseline": baseline, "price": price.state_dict(),
-                "chosen_at": chosen_at, "memory": memory.state_dict(), "difficulty": difficulty.state_dict()})
-            write_rows(out / "metrics.csv", rows)
-            save_curves(out / "curves.png", rows, "iteration", [k for k in rows[-1] if k != "iteration"])
+            if world.is_main_process:
+                save_checkpoint(out / "checkpoint.safetensors", modules, optimizer, {}, {
+                    "iteration": iteration + 1, "rows": rows, "reward_hq": reward_hq.tolist(), "chosen_at": chosen_at,
+                    "memory": memory.state_dict(), "difficulty": difficulty.state_dict()})
+                write_rows(out / "metrics.csv", rows)
+                save_curves(out / "curves.png", rows, "iteration", [k for k in rows[-1] if k != "iteration"])
 
-    best.save(out / "model")
+    if not world.is_main_process:
+        return None
+    average.load_state_dict(best)
+    average.save(out / "model")
     print(f"kept the weights of iteration {chosen_at}, the best on validation photographs")
-    return report(cfg, reference, best, out, device)
+    return report(cfg, reference, average, out, device)
 
 
 def report(cfg, reference, restorer, out, device):

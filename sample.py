@@ -109,6 +109,7 @@ def normal(shape, generator, device):
 
 
 class Rollout(NamedTuple):
+    condition: torch.Tensor   # (B, ...)             what the network saw of lq at every step, restorer.condition
     z: torch.Tensor           # (N + 1, B, C, h, w)  z_T ... z_0
     x0: torch.Tensor          # (N, B, C, h, w)      x0[k] is predicted from z[k]
     log_prob: torch.Tensor    # (N, B)               of z[k + 1] given z[k]
@@ -122,7 +123,14 @@ class Rollout(NamedTuple):
         return self.sigma_t > 0
 
 
-def rollout(restorer, lq, steps, eta, generator, keep=True, predict=None, clip_x0=None, grad=False):
+def clip_of(scheduler):
+    """The bound on |x0| that a diffusers scheduler's config asks for, or None. Raises ValueError for dynamic bounds."""
+    if scheduler.config.get("thresholding"):
+        raise ValueError("schedulers with dynamic thresholding are not supported: their steps are not Gaussian")
+    return scheduler.config.get("clip_sample_range", 1.0) if scheduler.config.get("clip_sample") else None
+
+
+def rollout(restorer, lq, steps, eta, generator, keep=True, predict=None, grad=False):
     """Samples z_T .. z_0 for each lq (B, 3, H, W) and keeps what the update needs.
 
     generator: one torch.Generator or a list of B. keep: False stores only the last z, for plain restoration (then z is
@@ -130,25 +138,29 @@ def rollout(restorer, lq, steps, eta, generator, keep=True, predict=None, clip_x
     the last z through all steps, with the noise held fixed; memory grows with the steps. Returns a Rollout.
     """
     with torch.set_grad_enabled(grad):
-        return _rollout(restorer, lq, steps, eta, generator, keep, predict, clip_x0)
+        predict, device, scheduler = predict or restorer.predict, lq.device, restorer.scheduler
+        grid, kind, clip = time_grid(scheduler, steps), scheduler.config.prediction_type, clip_of(scheduler)
+        z_t = normal(restorer.latent_shape(lq), generator, device)
+        condition = restorer.condition(lq, generator)
+        z, x0, log_prob, sigma = [z_t], [], [], []
+        for t, a, b in zip(*(g.to(device) for g in grid)):
+            t, a, b = (v.expand(len(lq)) for v in (t, a, b))
+            # noise is drawn even where sigma_t = 0, so that eta does not shift the random numbers of later samples
+            step = ddim_step(predict(z_t, t, condition), z_t, a, b, eta, kind,
+                             noise=normal(z_t.shape, generator, device), clip_x0=clip)
+            z_t = step.z_prev
+            if not keep:
+                z, x0 = [], []
+            z.append(z_t), x0.append(step.x0), log_prob.append(step.log_prob), sigma.append(step.sigma_t[0])
+        return Rollout(condition, torch.stack(z), torch.stack(x0), torch.stack(log_prob), grid[0].to(device),
+                       torch.stack(grid[1:], dim=1).to(device), torch.stack(sigma))
 
 
-def _rollout(restorer, lq, steps, eta, generator, keep, predict, clip_x0):
-    predict, device = predict or restorer.predict, lq.device
-    grid, kind = time_grid(restorer.scheduler, steps), restorer.scheduler.config.prediction_type
-    z_t = normal(restorer.latent_shape(lq), generator, device)
-    z, x0, log_prob, sigma = [z_t], [], [], []
-    for t, a, b in zip(*(g.to(device) for g in grid)):
-        t, a, b = (v.expand(len(lq)) for v in (t, a, b))
-        # the noise is drawn even where sigma_t = 0, so that eta does not shift the random numbers of later samples
-        step = ddim_step(predict(z_t, t, lq), z_t, a, b, eta, kind, noise=normal(z_t.shape, generator, device),
-                         clip_x0=clip_x0)
-        z_t = step.z_prev
-        if not keep:
-            z, x0 = [], []
-        z.append(z_t), x0.append(step.x0), log_prob.append(step.log_prob), sigma.append(step.sigma_t[0])
-    return Rollout(torch.stack(z), torch.stack(x0), torch.stack(log_prob), grid[0].to(device),
-                   torch.stack(grid[1:], dim=1).to(device), torch.stack(sigma))
+def repeat_step(restorer, path, k, eta):
+    """Step k of a Rollout once more with the present weights: the Step from its z_t to its z_{t-1}."""
+    t, a, b = (x.expand(path.z.shape[1]) for x in (path.t[k], *path.alpha_bar[k]))
+    return ddim_step(restorer.predict(path.z[k], t, path.condition), path.z[k], a, b, eta,
+                     restorer.scheduler.config.prediction_type, path.z[k + 1], clip_x0=clip_of(restorer.scheduler))
 
 
 # ---- images of any size ----
@@ -168,25 +180,22 @@ def tiled_predict(restorer, tile, overlap):
     restored tiles at the end: two random samples averaged would be blurred where tiles meet.
     """
     m = restorer.multiple
-    tile = max(m, tile // m * m)
-    overlap = min(overlap // m * m, tile - m)
+    tile, overlap = max(1, tile // m), min(overlap // m, max(1, tile // m) - 1)  # in units of m pixels of lq
 
-    def predict(z_t, t, lq):
-        height, width = lq.shape[-2:]
-        if max(height, width) <= tile:
-            return restorer.predict(z_t, t, lq)
+    def predict(z_t, t, condition):
+        unit = m // restorer.factor                                   # latent pixels per unit
+        seen = unit * condition.shape[-1] // z_t.shape[-1]            # pixels of the condition per unit
+        high, wide = (side // unit for side in z_t.shape[-2:])
+        if max(high, wide) <= tile:
+            return restorer.predict(z_t, t, condition)
         total, weights = torch.zeros_like(z_t), torch.zeros_like(z_t[:1, :1])
-        ratio = z_t.shape[-1] / width  # latent pixels per pixel of lq
-        for top in tile_starts(height // m, tile // m, overlap // m):
-            for left in tile_starts(width // m, tile // m, overlap // m):
-                y, x = top * m, left * m
-                part = lq[..., y:y + tile, x:x + tile]
-                zy, zx = round(y * ratio), round(x * ratio)
-                zh, zw = round(part.shape[-2] * ratio), round(part.shape[-1] * ratio)
-                window = torch.minimum(*torch.meshgrid(ramp(zh), ramp(zw), indexing="ij")).to(z_t)
-                out = restorer.predict(z_t[..., zy:zy + zh, zx:zx + zw], t, part)
-                total[..., zy:zy + zh, zx:zx + zw] += window * out
-                weights[..., zy:zy + zh, zx:zx + zw] += window
+        for y in tile_starts(high, tile, overlap):
+            for x in tile_starts(wide, tile, overlap):
+                own, part = ((..., slice(y * s, (y + tile) * s), slice(x * s, (x + tile) * s)) for s in (unit, seen))
+                z = z_t[own]
+                window = torch.minimum(*torch.meshgrid(*map(ramp, z.shape[-2:]), indexing="ij")).to(z)
+                total[own] += window * restorer.predict(z, t, condition[part])
+                weights[own] += window
         return total / weights
     return predict
 

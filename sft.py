@@ -44,15 +44,21 @@ def diffusion_loss(output, z0, eps, alpha_bar_t, prediction_type):
 
 
 def sft_loss(restorer, lq, hq, generator):
-    """Diffusion loss of a restorer on pairs (B, 3, H, W), at random times and noise from `generator` -> (B,)."""
-    z0 = restorer.encode(hq, lq)
-    # stratified times: one from each of B equal slices, which lowers the variance of the batch at no cost
-    slots = (torch.randperm(len(lq), generator=generator) + torch.rand(len(lq), generator=generator)) / len(lq)
-    alphas = restorer.scheduler.alphas_cumprod
-    t = (slots * len(alphas)).long().clamp(max=len(alphas) - 1)
+    """Diffusion loss of a restorer on pairs (B, 3, H, W), at random times and noise -> (B,).
+
+    generator: one, which draws a time from each of B equal slices, for less variance of the batch at no cost; or a list
+    of B, which makes each pair independent of its batch.
+    """
+    from sample import normal
+    z0, alphas = restorer.encode(hq, lq), restorer.scheduler.alphas_cumprod
+    if isinstance(generator, list):
+        places = torch.stack([torch.rand((), generator=g) for g in generator])
+    else:
+        places = (torch.randperm(len(lq), generator=generator) + torch.rand(len(lq), generator=generator)) / len(lq)
+    t = (places * len(alphas)).long().clamp(max=len(alphas) - 1)
     a, t = alphas[t].to(lq.device), t.to(lq.device)
-    eps = torch.randn(z0.shape, generator=generator).to(lq.device)
-    output = restorer.predict(add_noise(z0, eps, a), t, lq)
+    eps = normal(z0.shape, generator, lq.device)
+    output = restorer.predict(add_noise(z0, eps, a), t, restorer.condition(lq, generator))
     return diffusion_loss(output, z0, eps, a, restorer.scheduler.config.prediction_type)
 
 
@@ -108,7 +114,7 @@ def train(cfg):
     if cfg.size % restorer.multiple:
         raise UserError(f"--size {cfg.size}: must be a multiple of {restorer.multiple}")
     restorer.defaults["task"] = cfg.task
-    optimizer = torch.optim.AdamW(restorer.trainable(), lr=cfg.lr)
+    optimizer = torch.optim.AdamW(restorer.weights(), lr=cfg.lr)
     average = torch.optim.swa_utils.AveragedModel(
         restorer.net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.ema))
     crops, noise = generator(cfg.seed, 1), generator(cfg.seed, 2)
@@ -131,7 +137,7 @@ def train(cfg):
             group["lr"] = one_cycle(step, cfg.steps, cfg.lr)
         optimizer.zero_grad()
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(restorer.trainable(), cfg.max_grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(restorer.weights(), cfg.max_grad_norm)
         if not torch.isfinite(grad_norm):
             raise UserError(f"step {step}: the gradient is not finite; lower --lr or use --dtype float32")
         optimizer.step()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rl
-from rl import Config, FidelityPrice, better, check, combined_loss, kl_to_reference, policy_loss
+from rl import Config, ConstrainedAdamW, better, check, combined_loss, kl_to_reference, policy_loss
 from utils import UserError
 
 
@@ -42,43 +42,66 @@ def test_combined_loss_equals_a_loop(gen):
     assert pure == pytest.approx(part.mean().item())
 
 
-@pytest.mark.parametrize("worth", (0.5, 1.0, 2.0))
-def test_price_holds_the_drop_at_its_budget(worth):
-    """A toy: a dB is worth `worth` of the reward, and the drop moves, with inertia, as long as the price is another."""
-    price, velocity, drop = FidelityPrice(0.2), torch.zeros(2), torch.zeros(2)
-    for _ in range(1500):
-        velocity += 0.3 * (0.02 * (worth - price.update(drop)) - velocity)
-        drop = drop + velocity
-    assert (drop - 0.2).abs().max() < 0.02
+def test_without_a_constraint_the_optimizer_is_torch_adamw(gen):
+    start, target = torch.randn(2, 5, 3, generator=gen)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = (ConstrainedAdamW([ours], lr=0.03, weight_decay=0.1),
+                  torch.optim.AdamW([theirs], lr=0.03, weight_decay=0.1))
+    for step in range(20):
+        for p, optimizer in zip((ours, theirs), optimizers):
+            optimizer.zero_grad()
+            (p - target).square().sum().backward()
+            if step % 2 and optimizer is optimizers[0]:  # far within a budget: the same step
+                optimizer.set_constraint([torch.ones_like(p)], -1e6)
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs)
 
 
-def test_price_is_per_unit_and_per_quantity_and_off_without_a_budget():
-    assert FidelityPrice(0.2).update(torch.tensor([0.0, 0.2])).tolist() == [0, 0]  # free within the budget
-    price = FidelityPrice(0.2, unit=(1.0, 10.0))
-    same, first = price.update(torch.tensor([0.4, 0.4])), price.update(torch.tensor([0.5, 0.1]))
-    assert same[1] == pytest.approx(10 * same[0].item()) and first[0] > same[0] > 0 and first[1] < same[1] / 10
-    assert FidelityPrice(-1.0).update(torch.tensor([3.0, 3.0])).tolist() == [0, 0]
+@pytest.mark.parametrize("start", (0.0, 1.0))
+def test_the_constraint_is_reached_and_held(start):
+    """A toy whose loss falls without end along (3, 1) while drop = x + y^2 must stay at 0.2: the optimum on the limit is
+    where y = 1/6, found from within and from beyond it."""
+    p = torch.nn.Parameter(torch.tensor([start, 0.0]))
+    optimizer = ConstrainedAdamW([p], lr=0.01)
+    for _ in range(2000):
+        optimizer.zero_grad()
+        (-3 * p[0] - p[1]).backward()
+        drop = p[0] + p[1] ** 2
+        optimizer.set_constraint([torch.autograd.grad(drop, p)[0]], drop.item() - 0.2)
+        optimizer.step()
+    assert abs(p[0] + p[1] ** 2 - 0.2) < 0.02 and abs(p[1] - 1 / 6) < 0.05 and optimizer.multiplier > 0
 
 
-def test_fidelity_of_the_chain_has_the_gradient_of_a_finite_difference(tiny_restorer, gen):
-    """The drop through all steps, differentiated: a step along the gradient changes it as predicted."""
+def test_the_bend_of_a_step_is_bounded():
+    p = torch.nn.Parameter(torch.zeros(3))
+    optimizer = ConstrainedAdamW([p], lr=0.01, bound=2.0)
+    p.grad = torch.tensor([1.0, 1.0, 1.0])
+    optimizer.set_constraint([torch.tensor([1e-6, 0.0, 0.0])], 100.0)
+    optimizer.step()
+    assert optimizer.multiplier == pytest.approx(2.0) and p.abs().max() < 0.1
+
+
+@pytest.mark.parametrize("kind", (0, 1))
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_fidelity_gradient_is_that_of_a_finite_difference(kind, checkpointing, tiny_restorer, gen):
+    """Minus the fidelity through all steps of a chain: a step along its gradient changes it as predicted."""
+    from sample import rollout
     restorer, hq = tiny_restorer(seed=3), torch.rand(4, 3, 32, 32, generator=gen) * 2 - 1
-    cfg = Config(steps=4, eta=1.0, samples_per_input=2)
-    batch = {"lq": hq.roll(1, 3), "hq": hq, "fidelity_sft": torch.zeros(4, 2)}
+    lq, cfg = hq.roll(1, 3), Config(steps=4, eta=1.0, micro_batch=8, gradient_checkpointing=checkpointing)
     restorer.train_only("modulation")
 
-    def drop():
-        return rl.chain_drop(restorer, batch, 0, 1, cfg, torch.Generator().manual_seed(7))
-    parameters = restorer.trainable()
-    before = drop()
-    grads = torch.autograd.grad(before.sum(), parameters)
-    norm = sum((g ** 2).sum() for g in grads).sqrt()
+    def noise():
+        return [torch.Generator().manual_seed(i) for i in range(4)]
+
+    def loss():
+        z = rollout(restorer, lq, 4, 1.0, noise(), keep=False).z[-1]
+        return -rl.fidelity(restorer.decode(z, lq), hq)[:, kind].mean().item()
+    grads = rl.fidelity_gradient(restorer, lq, hq, kind, cfg, noise())
+    norm, before = sum((g ** 2).sum() for g in grads).sqrt(), loss()
     with torch.no_grad():
-        for p, g in zip(parameters, grads):
-            p -= 1e-3 * g / norm
-    after = drop()
-    assert before.shape == (2,) and norm > 0
-    assert (before - after).sum().item() == pytest.approx(1e-3 * norm.item(), rel=0.1)
+        for p, g in zip(restorer.weights(), grads):
+            p -= 1e-2 * g / norm
+    assert norm > 0 and before - loss() == pytest.approx(1e-2 * norm.item(), rel=0.1)
 
 
 def test_better_is_a_higher_reward_within_the_budget():
@@ -175,19 +198,43 @@ def test_resumed_run_equals_an_unstopped_one(run, monkeypatch):
 
 
 @pytest.mark.parametrize("judged", ((3,), (3, 1), (3, 2, 1, 0)))
-def test_advantages_do_not_depend_on_the_micro_batch(judged, gen):
-    """Three micro-batches of 2 samples or one of 6: the same advantages, and a step without a judge takes the next."""
-    from difficulty import RewardMemory
+def test_a_step_that_is_not_judged_takes_the_next_advantage(judged, gen):
+    from difficulty import RewardMemory, advantages
     rewards, keys = {k: torch.rand(6, generator=gen) for k in judged}, ["0", "0", "1", "1", "2", "2"]
-
-    def batch(part):
-        return {"keys": keys[part], "cap": torch.ones(6)[part],
-                "rewards": {k: r[part] for k, r in rewards.items()}}
-    whole = rl.step_advantages([batch(slice(0, 6))], RewardMemory())[0]
-    parts = rl.step_advantages([batch(slice(i, i + 2)) for i in (0, 2, 4)], RewardMemory())
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+    cap = torch.full((6,), 0.8)
+    result = rl.step_advantages(rewards, keys, cap, RewardMemory())
     for k in range(4):
-        assert torch.equal(whole[k], whole[min(j for j in judged if j >= k)])
+        judge = min(j for j in judged if j >= k)
+        torch.testing.assert_close(result[k], advantages(rewards[judge].clamp(max=0.8), keys, RewardMemory()))
+
+
+def test_the_micro_batch_does_not_change_a_run(run):
+    from safetensors.torch import load_file
+    one, other = (load_file(run(name, micro_batch=size, iterations=2, views=1) / "model/unet/diffusion_pytorch_model.safetensors")
+                  for name, size in (("whole", 4), ("parts", 2)))
+    assert max((one[key] - other[key]).abs().max().item() for key in one) < 1e-5
+
+
+def test_two_processes_give_the_weights_of_one(run, tmp_path):
+    """accelerate launch with two gloo processes: the same global batch, the same weights."""
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+    from safetensors.torch import load_file
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items()]
+    flags += [f"--model={tmp_path / 'start'}", "--reward=psnr", "--iterations=3", "--pool=8", "--inputs=4", "--lr=1e-4",
+              "--kl-coef=0.1", "--sft-coef=0.1"]
+    for name, launch in (("one", [sys.executable]), ("two", [sys.executable, "-m", "accelerate.commands.launch", "--cpu",
+                                                             "--num_processes=2", "--num_machines=1",
+                                                             "--mixed_precision=no", "--dynamo_backend=no"])):
+        subprocess.run([*launch, str(ROOT / "rl.py"), *flags, f"--out={tmp_path / name}"], check=True,
+                       capture_output=True, timeout=300)
+    one, two, start = (load_file(tmp_path / name / "unet/diffusion_pytorch_model.safetensors")
+                       for name in ("one/model", "two/model", "start"))
+    assert any(not torch.equal(one[key], start[key]) for key in one)
+    assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-5
+    assert len(rows(tmp_path / "two")) == 4
 
 
 @pytest.mark.parametrize("part, moves", (("modulation", ("norm", "time_emb", "bias")), ("all", ("",))))
@@ -209,8 +256,8 @@ def test_reference_rewards_train(reward, distance, run):
 
 @pytest.mark.parametrize("updates", (1, 3, 5))
 def test_every_optimizer_step_is_taken(updates, run, monkeypatch):
-    steps, original = [], torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (steps.append(1), original(self, *a))[1])
+    steps, original = [], ConstrainedAdamW.step
+    monkeypatch.setattr(ConstrainedAdamW, "step", lambda self, *a: (steps.append(1), original(self, *a))[1])
     run("count", updates=updates, iterations=1)
     assert len(steps) == min(updates, 3)  # 4 denoising steps, the last of them without noise
 

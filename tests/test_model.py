@@ -1,0 +1,262 @@
+"""Every family passes the same tests, from tiny random configs saved and loaded as full-size checkpoints are."""
+
+import pytest
+import torch
+
+import model
+from data import degrade_sr
+from rl import combined_loss, policy_loss
+from sample import repeat_step, rollout
+from sft import sft_loss
+from utils import UserError, generator
+
+UNET = dict(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8)
+PLAIN = UNET | dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+TEXTED = UNET | dict(down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=4,
+                     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=16)
+VAE = dict(block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=8)
+VQ = VAE | dict(num_vq_embeddings=64)
+TEXT = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=64,
+            max_position_embeddings=8)
+TINY = {
+    "pixel": lambda: model.PixelRestorer.create(block_out_channels=(16, 16, 16)),
+    "ldm-sr": lambda: model.LDMSR.create(unet=PLAIN, vae=VQ),
+    "sd-controlnet": lambda: model.SDControlNet.create(
+        unet=TEXTED, vae=VAE | dict(block_out_channels=(8,) * 4), text=TEXT),
+    "sd-x4-upscaler": lambda: model.SDUpscaler.create(
+        unet=TEXTED | dict(only_cross_attention=False), vae=VAE, text=TEXT),
+    "dit": lambda: model.DiTRestorer.create(vae=VAE, transformer=dict(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, sample_size=8)),
+}
+
+
+@pytest.fixture(params=TINY)
+def restorer(request):
+    return TINY[request.param]()
+
+
+@pytest.fixture
+def pair():
+    hq = torch.rand(2, 3, 32, 32, generator=generator(0)) * 2 - 1
+    return degrade_sr(hq), hq
+
+
+def test_the_table_of_families_is_tested():
+    assert set(TINY) == set(model.FAMILIES)
+
+
+def test_shapes_ranges_and_seeds(restorer, pair):
+    lq, hq = pair
+    z0 = restorer.encode(hq, lq)
+    assert z0.shape == restorer.latent_shape(lq) and z0.dtype == torch.float32
+    image = restorer.decode(z0, lq)
+    assert image.shape == hq.shape and image.abs().max() <= 1
+    t = torch.tensor([10, 900])
+    out = restorer.predict(z0, t, restorer.condition(lq, generator(1)))
+    assert out.shape == z0.shape and out.dtype == torch.float32
+    first, second = (rollout(restorer, lq, 5, 1.0, generator(2)).z[-1] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_pixel_round_trip_is_exact(pair):
+    lq, hq = pair
+    restorer = TINY["pixel"]()
+    assert torch.allclose(restorer.decode(restorer.encode(hq, lq), lq), hq, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", [name for name in TINY if name != "pixel"])
+def test_latent_round_trip_is_the_autoencoders(family, pair):
+    restorer, (lq, hq) = TINY[family](), pair
+    vae = restorer.frozen["vae"]
+    with torch.no_grad():
+        own = vae.encode(hq)
+        z = own.latents if hasattr(own, "latents") else own.latent_dist.mode()
+        assert torch.allclose(restorer.decode(restorer.encode(hq, lq), lq), vae.decode(z).sample.clamp(-1, 1), atol=1e-5)
+
+
+def test_sft_loss_falls_on_one_batch(restorer, pair):
+    optimizer, losses = torch.optim.AdamW(restorer.weights(), lr=3e-3), []
+    for _ in range(30):
+        loss = sft_loss(restorer, *pair, generator(3)).mean()  # the same times and noise each time
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.97 * losses[0]
+
+
+def test_ratio_is_one_and_an_update_changes_only_the_trainable_part(restorer, pair):
+    restorer.train_only("modulation")
+    path = rollout(restorer, pair[0], 5, 1.0, generator(4))
+    before = {k: v.clone() for k, v in restorer.net.state_dict().items()}
+    frozen = {(n, k): v.clone() for n, m in restorer.frozen.items() if isinstance(m, torch.nn.Module)
+              for k, v in m.state_dict().items()}
+    optimizer = torch.optim.AdamW(restorer.weights(), lr=1e-3)
+    k = path.stochastic.nonzero()[0].item()
+    step = repeat_step(restorer, path, k, 1.0)
+    loss, info = policy_loss(step.log_prob, path.log_prob[k], torch.tensor([1.0, -1.0]), 2e-3)
+    assert info["ratio_error"] < 1e-5
+    combined_loss(loss, 0 * loss, 0 * loss, torch.ones(2), 0, 0).backward()
+    optimizer.step()
+    changed = {k for k, v in restorer.net.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed and changed <= set(restorer.names)
+    assert all(torch.equal(v, restorer.frozen[n].state_dict()[k]) for (n, k), v in frozen.items())
+
+
+def test_the_reference_shares_what_does_not_train(restorer):
+    restorer.train_only("modulation")
+    other = restorer.frozen_copy()
+    own, theirs = (dict(r.net.named_parameters()) for r in (restorer, other))
+    for name, p in own.items():
+        assert torch.equal(p, theirs[name]) and (p is theirs[name]) == (name not in restorer.names)
+    assert not any(p.requires_grad for p in other.net.parameters())
+    assert all(p.requires_grad for p in restorer.weights())
+
+
+def test_save_and_load_give_identical_outputs(restorer, pair, tmp_path):
+    for name, value in {"prompt": "sharp", "guidance": 2.0}.items():
+        if name in restorer.settings:
+            restorer.settings[name] = value
+    restorer.prepare()
+    with torch.no_grad():
+        for p in restorer.weights():
+            p.add_(0.02 * torch.randn(p.shape, generator=generator(5)))  # a ControlNet's zero layers leave zero
+    restorer.save(tmp_path)
+    loaded = model.load(str(tmp_path))
+    assert type(loaded) is type(restorer) and loaded.defaults == restorer.defaults
+    a, b = (r.decode(rollout(r, pair[0], 2, 1.0, generator(6)).z[-1], pair[0]) for r in (restorer, loaded))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("family", [name for name, cls in model.FAMILIES.items() if cls.pipeline])
+def test_the_stock_pipeline_runs_the_saved_folder_and_agrees(family, pair, tmp_path):
+    import diffusers
+    restorer, (lq, _) = TINY[family](), pair
+    with torch.no_grad():
+        for p in restorer.weights():
+            p.add_(0.02 * torch.randn(p.shape, generator=generator(5)))
+    restorer.save(tmp_path)
+    options = {"safety_checker": None} if family == "sd-controlnet" else {}
+    pipe = getattr(diffusers, restorer.pipeline).from_pretrained(tmp_path, **options)
+    pipe.set_progress_bar_config(disable=True)
+    small = model.shrink(lq, 4)
+    if family == "ldm-sr":
+        z = torch.randn(restorer.latent_shape(lq), generator=generator(7))
+        image = pipe(small, num_inference_steps=2, eta=0.0, generator=generator(7), output_type="pt").images
+    elif family == "sd-controlnet":
+        z = torch.randn(restorer.latent_shape(lq), generator=generator(7))
+        image = pipe([""] * 2, (lq + 1) / 2, height=32, width=32, num_inference_steps=2, guidance_scale=1.0, latents=z,
+                     output_type="pt").images
+    else:  # the upscaler draws the noise of its input first: let both see an input without noise
+        restorer.settings["noise_level"] = 0
+        pipe.low_res_scheduler.alphas_cumprod = restorer.frozen["low_res_scheduler"].alphas_cumprod = torch.ones(1000)
+        z = torch.randn(restorer.latent_shape(lq), generator=generator(7))
+        image = pipe([""] * 2, small, num_inference_steps=2, guidance_scale=1.0, noise_level=0, latents=z,
+                     output_type="pt").images
+    import sample
+    real, sample.normal = sample.normal, lambda shape, *_: z if tuple(shape) == tuple(z.shape) else torch.zeros(shape)
+    try:
+        own = restorer.decode(rollout(restorer, lq, 2, 0.0, None).z[-1], lq)
+    finally:
+        sample.normal = real
+    assert torch.allclose((own + 1) / 2, torch.as_tensor(image), atol=1e-4)
+
+
+def test_guidance_is_the_two_pass_formula(pair):
+    restorer = TINY["sd-controlnet"]()
+    restorer.settings |= {"prompt": "sharp photo"}
+    restorer.prepare()
+    z, t = torch.randn(2, 4, 4, 4, generator=generator(8)), torch.tensor([3, 700])
+    outs = {}
+    for prompt, guidance in (("sharp photo", 1.0), ("", 1.0), ("sharp photo", 3.0)):
+        restorer.settings |= {"prompt": prompt, "guidance": guidance}
+        restorer.prepare()
+        with torch.no_grad():
+            outs[prompt, guidance] = restorer.predict(z, t, pair[0])
+    empty, prompted = outs["", 1.0], outs["sharp photo", 1.0]
+    assert not torch.allclose(empty, prompted)
+    assert torch.allclose(outs["sharp photo", 3.0], empty + 3 * (prompted - empty), atol=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(restorer, pair):
+    if restorer.family == "dit":
+        restorer.net.enable_gradient_checkpointing()
+    grads = []
+    for switch in (False, True):
+        if switch:
+            restorer.checkpoint_gradients()
+        restorer.net.zero_grad()
+        sft_loss(restorer, *pair, generator(3)).mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in restorer.weights() if p.grad is not None]))
+    assert torch.allclose(*grads, atol=1e-6)
+
+
+def test_the_schedule_is_the_checkpoints(tmp_path):
+    from diffusers import PNDMScheduler
+    restorer = TINY["sd-controlnet"]()
+    restorer.save(tmp_path)
+    PNDMScheduler(beta_start=0.001, beta_end=0.01, beta_schedule="linear", prediction_type="v_prediction",
+                  steps_offset=1).save_pretrained(tmp_path / "scheduler")
+    config = model.load(str(tmp_path)).scheduler.config
+    assert (config.beta_end, config.beta_schedule, config.prediction_type, config.steps_offset) == (
+        0.01, "linear", "v_prediction", 1)
+
+
+def test_plain_stable_diffusion_gets_a_controlnet_from_its_unet(tmp_path, pair):
+    from diffusers import StableDiffusionPipeline
+    whole = TINY["sd-controlnet"]()
+    parts = {key: value for key, value in whole.frozen.items()}
+    StableDiffusionPipeline(**parts, scheduler=whole.scheduler, safety_checker=None, feature_extractor=None,
+                            requires_safety_checker=False).save_pretrained(tmp_path / "sd")
+    restorer = model.load(str(tmp_path / "sd"), prompt="a")
+    assert restorer.family == "sd-controlnet" and restorer.settings["prompt"] == "a"
+    for name, p in restorer.net.down_blocks.named_parameters():
+        assert torch.equal(p, dict(whole.frozen["unet"].down_blocks.named_parameters())[name])
+    whole.net.save_pretrained(tmp_path / "controlnet")
+    trained = model.load(str(tmp_path / "sd"), controlnet=str(tmp_path / "controlnet"))
+    assert all(torch.equal(a, b) for a, b in zip(trained.net.parameters(), whole.net.parameters()))
+
+
+def test_shrink_undoes_bicubic_enlargement():
+    from skimage.data import astronaut
+
+    from data import resize
+    from reward import psnr
+    photo = torch.from_numpy(astronaut()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    small = resize(photo, (128, 128))
+    back = model.shrink(resize(small, (512, 512)), 4)
+    assert psnr(back, small).item() > 40
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda d: d / "missing", "cannot be loaded|no restorer"),
+    (lambda d: d, "no restorer"),
+])
+def test_clear_errors(make, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        model.load(str(make(tmp_path)))
+
+
+def test_incomplete_folder_and_unknown_option(tmp_path):
+    import shutil
+    TINY["ldm-sr"]().save(tmp_path)
+    with pytest.raises(UserError, match="--prompt"):
+        model.load(str(tmp_path), prompt="x")
+    shutil.rmtree(tmp_path / "vqvae")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        model.load(str(tmp_path))
+
+
+def test_bfloat16_holds_frozen_parts_in_bfloat16_and_weights_in_float32(pair):
+    restorer = TINY["sd-controlnet"]().to("cpu", torch.bfloat16)
+    assert {p.dtype for p in restorer.weights()} == {torch.float32}
+    assert {p.dtype for p in restorer.frozen["unet"].parameters()} == {torch.bfloat16}
+    path = rollout(restorer, pair[0], 2, 1.0, generator(9))
+    step = repeat_step(restorer, path, 0, 1.0)
+    assert torch.equal(step.log_prob, path.log_prob[0]) and step.log_prob.requires_grad
+
+
+def test_published_shapes_have_the_published_sizes():
+    with torch.device("meta"):
+        millions = {name: sum(p.numel() for p in model.FAMILIES[name].create().net.parameters()) / 1e6
+                    for name in ("ldm-sr", "sd-controlnet", "sd-x4-upscaler")}
+    assert abs(millions["sd-controlnet"] - 361) < 1 and abs(millions["sd-x4-upscaler"] - 473) < 2
+    assert abs(millions["ldm-sr"] - 113) < 2
