@@ -60,11 +60,14 @@ def advantages(rewards, keys, memory, min_count=4, clip=5.0, delta=1e-4):
     history holds fewer than min_count rewards. floor is the root mean square of these std over the batch: the small
     differences of an input whose restorations are all alike are mostly noise and must not be blown up. Then the mean A
     of the samples of a key in this batch is removed; keys with one sample count as one group, if there are several.
-    The unit of A is one standard deviation of the reward.
+    The unit of A is one standard deviation of the reward. A reward that is NaN (a judge whose answer could not be read)
+    is not remembered, and its advantage is 0.
     """
+    judged = ~rewards.isnan()
     for key, reward in zip(keys, rewards.tolist()):
-        memory.push(key, reward)
-    batch = (rewards.mean().item(), rewards.std(correction=0).item())
+        if reward == reward:
+            memory.push(key, reward)
+    batch = (rewards[judged].mean().item(), rewards[judged].std(correction=0).item())
     stats = {key: memory.stats(key) for key in set(keys)}
     chosen = [stats[key][:2] if stats[key][2] >= min_count else batch for key in keys]
     mean, std = torch.tensor(chosen, dtype=rewards.dtype, device=rewards.device).T
@@ -72,10 +75,10 @@ def advantages(rewards, keys, memory, min_count=4, clip=5.0, delta=1e-4):
     advantage = (rewards - mean) / (std + delta)
     groups = [key if keys.count(key) > 1 else None for key in keys]
     for group in set(groups):
-        own = torch.tensor([g == group for g in groups], device=rewards.device)
+        own = torch.tensor([g == group for g in groups], device=rewards.device) & judged
         if own.sum() > 1:
             advantage[own] -= advantage[own].mean()
-    return advantage.clamp(-clip, clip)
+    return advantage.nan_to_num(0.0).clamp(-clip, clip)
 
 
 def iqa_gap(reward, reward_hq):
@@ -119,21 +122,22 @@ class Difficulty:
             raise ValueError(f"weight {spec!r}: expected baseline, running or fixed:W with W from 0 to 1")
 
     def observe(self, keys, distance):
-        """Records distance (B,) under keys (B strings); several of one key count as their mean."""
+        """Records distance (B,) under keys (B strings); several of one key count as their mean, NaN does not count."""
         for key in dict.fromkeys(keys):
-            own = [d for other, d in zip(keys, distance.tolist()) if other == key]
-            self.latest[key] = sum(own) / len(own)
+            own = [d for other, d in zip(keys, distance.tolist()) if other == key and d == d]
+            if own:
+                self.latest[key] = sum(own) / len(own)
 
     def set_anchor(self):
         """Freezes m and s at what the SFT model's distances, observed so far, give."""
         self.anchor = list(median_spread(torch.tensor(list(self.latest.values()))))
 
     def weight(self, distance):
-        """Weights (B,) in [0, 1] of distances (B,)."""
+        """Weights (B,) in [0, 1] of distances (B,); 0 where the distance is NaN: nothing is known, so SFT only."""
         if self.fixed is not None:
             return torch.full_like(distance, self.fixed)
         m, s = self.anchor if self.spec == "baseline" else median_spread(torch.tensor(list(self.latest.values())))
-        return relative_weight(distance, m, s, self.k)
+        return relative_weight(distance, m, s, self.k).nan_to_num(0.0)
 
     def state_dict(self):
         return {"anchor": self.anchor, "latest": self.latest}

@@ -187,12 +187,17 @@ def quiet():
 
 
 def run_main(main):
-    """Runs a script's main(): UserError -> one line on stderr and exit code 2, Ctrl-C -> 130, no traceback."""
+    """Runs a script's main(): UserError or too little GPU memory -> one line on stderr and exit code 2, Ctrl-C -> 130,
+    no traceback."""
     quiet()
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except torch.OutOfMemoryError as error:
+        print(f"error: not enough GPU memory ({str(error).splitlines()[0]}); lower --micro-batch, --batch, --size or "
+              "--tile, or use --dtype bfloat16 and, where there is one, --gradient-checkpointing", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped; what was written stays", file=sys.stderr)

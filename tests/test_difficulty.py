@@ -118,3 +118,17 @@ def test_a_component_copied_alone_works(name, use, tmp_path):
            "assert not {'diffusers', 'transformers', 'pyiqa', 'matplotlib'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_reward_that_is_nan_counts_nowhere():
+    memory, nan = RewardMemory(), float("nan")
+    rewards = torch.tensor([0.1, nan, 0.4, 0.2, 0.3, 0.5])
+    result = advantages(rewards, ["a", "a", "a", "b", "b", "b"], memory)
+    assert result[1] == 0 and result.isfinite().all() and memory.stats("a")[2] == 2
+    same = advantages(rewards[[0, 2, 3, 4, 5]], ["a", "a", "b", "b", "b"], RewardMemory())
+    torch.testing.assert_close(result[[0, 2, 3, 4, 5]], same)
+    difficulty = Difficulty("baseline")
+    difficulty.observe(["a", "a", "b", "c"], torch.tensor([0.2, nan, 0.4, nan]))
+    assert difficulty.latest == pytest.approx({"a": 0.2, "b": 0.4})
+    difficulty.set_anchor()
+    assert difficulty.weight(torch.tensor([nan, 0.4])).tolist()[0] == 0
