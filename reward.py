@@ -16,7 +16,8 @@ Names that `load` knows
   NAME:SOURCE             the recipe of one of these with other weights, as in q-insight:/models/q-insight
   psnr, psnr_y, ssim      against the reference; dB, dB, [-1, 1]
   pyiqa:NAME, qalign      any metric of pyiqa (non-commercial licence); lower-is-better ones are negated, here only
-Options of a judge stand behind a question mark as in a web address (%26 is an &):
+  A+0.5*B                 a weighted sum, each term z-scored first: class WeightedSum
+Options of a judge stand behind a question mark as in a web address (%26 is an &), inside a sum too:
   mllm:/models/x?prompt=How good is it?&stem=It is&levels=good,bad&values=1,0&batch=8&dtype=bfloat16&device=cuda:1
 
 Chosen here:
@@ -32,7 +33,7 @@ Chosen here:
  5. dtype auto is float32 on a CPU and for the shipped judges, elsewhere what the weights are stored in.
 
     python reward.py score photo.png --metric judge            # laptop
-    python reward.py score out/*.png --metric qrealign-mini --device cuda
+    python reward.py score out/*.png --metric qrealign-mini+0.5*pyiqa:musiq --device cuda
     python reward.py train --name judge                        # makes weights/judge; then: python reward.py check
 """
 
@@ -348,24 +349,106 @@ def symmetric(reward, views):
     return mean if views > 1 else reward
 
 
+# ---- sums ----
+
+def moments(scores):
+    """(K, B) -> (K, 3) float64: number, sum and sum of squares of the finite scores of each row. They add up."""
+    valid, scores = scores.isfinite().double().cpu(), scores.double().cpu().nan_to_num(0, 0, 0)
+    return torch.stack([valid.sum(1), scores.sum(1), (scores ** 2).sum(1)], 1)
+
+
+class WeightedSum:
+    """score = sum_k w_k (s_k - mean_k) / (std_k + 1e-4), a reward made of rewards; NaN where a term is NaN.
+
+    mean and std are those of all scores seen, but change only in `update`, between calls. Within a call they are
+    constants: an image's score does not depend on the images beside it. Between two updates, and for good after
+    `freeze`, it is the same in any call. Where nothing is known yet, the first call updates before it scores: its own
+    images, two or more, set the scale, and any later call scores them the same.
+    A training loop observes some hundred restorations of the start model, updates and freezes, because what remembers
+    rewards needs one scale from first to last. With several processes, `update` takes a function that sums over them.
+    """
+
+    def __init__(self, terms):
+        """terms: [(weight, name, reward)]."""
+        self.weights, self.names, self.rewards = zip(*terms)
+        self.known, self.pending = torch.zeros(2, len(terms), 3, dtype=torch.float64)
+        self.frozen = False
+
+    @torch.no_grad()
+    def observe(self, images, refs=None):
+        """The terms' own scores, (K, B); unless frozen, they count in the next `update`."""
+        raw = torch.stack([reward(images, refs) for reward in self.rewards])
+        if not self.frozen:
+            self.pending = self.pending + moments(raw)
+        return raw
+
+    def update(self, total=lambda pending: pending):
+        """Takes what was observed into mean and std. total: (K, 3) of this process -> their sum over all processes."""
+        if not self.frozen:
+            self.known, self.pending = self.known + total(self.pending).cpu(), torch.zeros_like(self.pending)
+
+    def freeze(self):
+        """From here on mean and std stay as they are."""
+        self.frozen = True
+
+    def combine(self, raw):
+        """(K, B) scores of the terms -> (B,) with the present mean and std."""
+        count, total, squares = self.known.unbind(1)
+        if count.min() < 2:
+            raise ValueError("a sum needs two images or more that every term could score, to know their scale")
+        mean, weights = total / count, torch.tensor(self.weights, dtype=torch.float64)
+        std = ((squares / count - mean ** 2).clamp(min=0) * count / (count - 1)).sqrt()
+        return (weights / (std + 1e-4) @ (raw.double().cpu() - mean[:, None])).float().to(raw.device)
+
+    def __call__(self, images, refs=None):
+        raw = self.observe(images, refs)
+        if self.known[:, 0].min() < 2:
+            self.update()
+        return self.combine(raw)
+
+    def state_dict(self):
+        """The statistics, as values that JSON holds exactly."""
+        return {"names": list(self.names), "weights": list(self.weights), "known": self.known.tolist(),
+                "pending": self.pending.tolist(), "frozen": self.frozen}
+
+    def load_state_dict(self, state):
+        if [list(self.names), list(self.weights)] != [state["names"], state["weights"]]:
+            fail(f"reward: the statistics are those of {state['weights']} * {state['names']}, not of this sum")
+        self.known, self.pending = (torch.tensor(state[key], dtype=torch.float64) for key in ("known", "pending"))
+        self.frozen = state["frozen"]
+
+
 # ---- names ----
 
 REFERENCES = {"psnr": psnr, "psnr_y": psnr_y, "ssim": ssim}
+
+
+def terms(name):
+    """"a+0.5*b" -> [(1.0, "a"), (0.5, "b")]. A plus that no known name follows belongs to its term: pyiqa:clipiqa+."""
+    heads = "|".join([*REFERENCES, *MODELS, "pyiqa", "qalign"])
+    parts = re.split(rf"\+(?=(?:[\d.]+\*)?(?:{heads})(?:[:?+]|$))", name)
+    pairs = [re.fullmatch(r"(?:(\d+\.?\d*|\.\d+)\*)?(.*)", part, re.DOTALL).groups() for part in parts]
+    return [(float(weight or 1), part) for weight, part in pairs]
 
 
 def load(name, device="cpu", dtype="auto", trust_remote_code=False, **options):
     """A reward by its name (see the top of this file). Raises UserError for an unknown one, or one that cannot load.
 
     dtype: auto, float32, bfloat16 or float16. options: prompt, stem, levels, values, batch, tokens of a single judge,
-    as strings or as Python values.
+    as strings or as Python values; in a sum they stand in the name.
     """
+    parts = terms(name)
     if trust_remote_code:
         print(f"warning: --trust-remote-code lets {name} run code that comes with its weights", file=sys.stderr)
-    return load_term(name, device, dtype, trust_remote_code, options)
+    if len(parts) == 1 and parts[0][0] == 1:
+        return load_term(parts[0][1], device, dtype, trust_remote_code, options)
+    if options:
+        fail(f"reward {name}: in a sum, options stand behind their term: mllm:FOLDER?prompt=...&levels=...")
+    return WeightedSum([(w, part, load_term(part, device, dtype, trust_remote_code, {})) for w, part in parts])
 
 
 def load_term(name, device, dtype, trust_remote_code, options):
-    """`load` without its warning."""
+    """A reward that is no sum."""
     from urllib.parse import parse_qsl
     plain, _, query = name.partition("?")
     head, _, source = plain.partition(":")
@@ -388,8 +471,8 @@ def load_term(name, device, dtype, trust_remote_code, options):
         return REFERENCES[plain]
     if plain == "qalign" or head == "pyiqa" and source:
         return PyiqaReward(source or plain, device, trust_remote_code)
-    fail(f"reward {name}: unknown; choose one of {', '.join((*REFERENCES, *MODELS))} (mllm:FOLDER), qalign or "
-         "pyiqa:NAME")
+    fail(f"reward {name}: unknown; choose one of {', '.join((*REFERENCES, *MODELS))} (mllm:FOLDER), qalign, "
+         "pyiqa:NAME, or a sum as judge+0.5*pyiqa:musiq")
 
 
 # ---- the degradation ladder: severity s in [0, 1] (B,) -> image and its target quality in [0, 1] ----
@@ -677,7 +760,7 @@ def check(cfg):
 @dataclass
 class ScoreConfig:
     ref: Annotated[list, "reference files, as many as images, in the same order"] = field(default_factory=list)
-    metric: Annotated[str, "name of a reward, see the top of reward.py"] = "judge"
+    metric: Annotated[str, "name of a reward or a sum of them, see the top of reward.py"] = "judge"
     device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
     dtype: Annotated[str, "auto, float32, bfloat16 or float16: the judge's weights and arithmetic"] = "auto"
     prompt: Annotated[str, "question to a judge; empty: the judge's own"] = ""
@@ -688,27 +771,34 @@ class ScoreConfig:
 
 
 def score(cfg, files):
-    """Prints a table of scores, a line per file."""
+    """Prints a table of scores, a line per file; a sum takes its scale from these files."""
     from utils import pick_device, read_image
     if not files:
         fail("no images: python reward.py score IMG ... [--ref IMG ...] [--metric NAME]")
     if cfg.ref and len(cfg.ref) != len(files):
         fail(f"--ref: {len(cfg.ref)} references for {len(files)} images; give one for each")
-    if not cfg.ref and cfg.metric in REFERENCES:
+    if not cfg.ref and any(part in REFERENCES for _, part in terms(cfg.metric)):
         fail(f"--metric {cfg.metric}: needs --ref")
     device = pick_device(cfg.device)
     options = {key: getattr(cfg, key) for key in ("prompt", "stem", "levels", "values") if getattr(cfg, key)}
     metric = load(cfg.metric, device, cfg.dtype, cfg.trust_remote_code, **options)
+    is_sum = isinstance(metric, WeightedSum)
 
     def scored(file, ref_file):
         image, ref = (None if path is None else read_image(path)[None].to(device) for path in (file, ref_file))
         if ref is not None and ref.shape != image.shape:
             fail(f"{file} and {ref_file}: sizes differ; references must match their images")
         try:
-            return metric(image, ref)
+            return metric.observe(image, ref) if is_sum else metric(image, ref)
         except (ValueError, RuntimeError, AssertionError) as error:  # too small for a window, memory, no reference
             fail(f"{file}: {cfg.metric} cannot score it ({str(error).splitlines()[0]})")
     rows = map(scored, files, cfg.ref or [None] * len(files))  # one after the other, as they are printed
+    if is_sum:
+        raw = torch.cat(list(rows), 1)
+        metric.update()
+        if metric.known[:, 0].min() < 2:
+            fail(f"--metric {cfg.metric}: a sum takes its scale from the files, so give two or more that it can score")
+        rows = metric.combine(raw)
     print(f"{cfg.metric:>12s}  file")
     for file, row in zip(files, rows):
         print(f"{row.item():12.4f}  {file}")

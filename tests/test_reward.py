@@ -12,8 +12,8 @@ import torch
 
 import reward
 from data import degrade_sr, grid_crops, photographs
-from reward import (JUDGES, MODELS, RATE, build_judge, expected_level, ladder, level_tokens, load, parse_rating,
-                    soft_label, symmetric)
+from reward import (JUDGES, MODELS, RATE, WeightedSum, build_judge, expected_level, ladder, level_tokens, load,
+                    parse_rating, soft_label, symmetric, terms)
 from utils import UserError, generator, read_image, write_image
 
 QWEN35 = dict(  # the architecture of Q-ReAlign, hybrid attention and all, with random weights
@@ -222,6 +222,84 @@ def test_q_insight_lies_in_a_subfolder(folders, tmp_path, monkeypatch):
     assert load("q-insight").text.startswith("<|im_start|>system")
 
 
+def test_names_are_split_at_the_plus_of_a_sum_only():
+    assert terms("qrealign-mini+0.5*pyiqa:musiq") == [(1, "qrealign-mini"), (0.5, "pyiqa:musiq")]
+    assert terms("pyiqa:clipiqa+") == [(1, "pyiqa:clipiqa+")]
+    assert terms("pyiqa:clipiqa++.25*pyiqa:clipiqa+_rn50_512+2*psnr") == [
+        (1, "pyiqa:clipiqa+"), (0.25, "pyiqa:clipiqa+_rn50_512"), (2, "psnr")]
+    assert terms("mllm:/a+b?prompt=good+psnr value+judge2") == [(1, "mllm:/a+b?prompt=good+psnr value"), (1, "judge2")]
+
+
+def toy_sum():
+    """Two terms on scales far apart; the second gives NaN for dark images."""
+    def second(images, refs=None):
+        x = 1000 + 50 * images.std((1, 2, 3))
+        return torch.where(images.mean((1, 2, 3)) < -0.5, math.nan, x)
+    return WeightedSum([(1.0, "mean", lambda images, refs=None: images.mean((1, 2, 3))), (0.5, "std", second)])
+
+
+def test_sum_z_scores_its_terms_with_statistics_that_calls_do_not_change(gen):
+    total, images = toy_sum(), torch.rand(12, 3, 8, 8, generator=gen)
+    raw = total.observe(images)
+    total.update()
+    z = (raw - raw.mean(1, keepdim=True)) / (raw.std(1, keepdim=True) + 1e-4)
+    torch.testing.assert_close(total(images), z[0] + 0.5 * z[1], rtol=1e-3, atol=1e-3)
+    scores = total(images)
+    torch.testing.assert_close(torch.cat([total(x[None]) for x in images.flip(0)]).flip(0), scores, rtol=0, atol=0)
+    total.update()  # seen again in between, and one by one
+    torch.testing.assert_close(total(images), scores, rtol=0, atol=0.3)
+    assert total.known[0, 0] == 48 and not torch.equal(total(images), scores)
+    total.freeze()
+    fixed = total(images)
+    total.observe(-images), total.update()
+    torch.testing.assert_close(total(images[:5]), fixed[:5], rtol=0, atol=0)
+
+
+def test_first_call_of_a_sum_sets_the_scale_and_stays(gen):
+    total, images = toy_sum(), torch.rand(6, 3, 8, 8, generator=gen)
+    with pytest.raises(ValueError, match="two images"):
+        toy_sum()(images[:1])
+    first = total(images)
+    assert first.mean().abs() < 1e-5 and total.known[0, 0] == 6
+    torch.testing.assert_close(total(images[2:4]), first[2:4], rtol=0, atol=0)
+
+
+def test_sum_keeps_nan_out_of_its_statistics_and_in_its_scores(gen):
+    total, images = toy_sum(), torch.rand(6, 3, 8, 8, generator=gen)
+    images[2] = -1
+    scores = total(images)
+    assert scores.isnan().tolist() == [i == 2 for i in range(6)]
+    assert total.known[:, 0].tolist() == [6, 5] and total.known.isfinite().all()
+
+
+def test_sum_is_restored_from_json_and_adds_up_over_processes(gen):
+    images = torch.rand(8, 3, 8, 8, generator=gen)
+    whole, parts = toy_sum(), (toy_sum(), toy_sum())
+    whole.observe(images), whole.update()
+    for part, x in zip(parts, images.split(5)):
+        part.observe(x)
+    pending = parts[0].pending + parts[1].pending
+    for part in parts:
+        part.update(lambda own: pending)
+        torch.testing.assert_close(part(images), whole(images))
+    whole.freeze()
+    again = toy_sum()
+    again.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    assert again.frozen and torch.equal(again(images), whole(images))
+    with pytest.raises(UserError, match="not of this sum"):
+        WeightedSum([(1.0, "mean", None)]).load_state_dict(whole.state_dict())
+
+
+def test_load_makes_sums(pairs, folders):
+    lq, hq = pairs
+    total = load(f"judge+.5*mllm:{folders['levels']}?levels=good,bad+2*psnr")
+    assert total.weights == (1, 0.5, 2) and total.rewards[1].values == (1, 0)
+    scores = total(torch.cat([lq, hq]), torch.cat([hq, hq]))
+    assert scores.shape == (12,) and scores[:6].mean() < scores[6:].mean()
+    with pytest.raises(UserError, match="behind their term"):
+        load("judge+psnr", prompt="How good?")
+
+
 def test_scorer_reads_the_token_after_the_stem(pairs):
     judge = build_judge(JUDGES["judge"])
     assert judge.text.endswith("assistant\n" + reward.STEM) and reward.PROMPT in judge.text
@@ -302,7 +380,7 @@ def test_models_that_are_no_judges_are_one_line_errors(tmp_path):
 
 
 def test_unknown_rewards_are_one_line_errors(tmp_path, offline):
-    for name, words in (("nope", "unknown"), ("mllm", "unknown"), ("pyiqa:", "unknown"),
+    for name, words in (("nope", "unknown"), ("judge+nope", "unknown"), ("mllm", "unknown"), ("pyiqa:", "unknown"),
                         ("pyiqa:nope", "list_models"), (f"mllm:{tmp_path}", "cannot be loaded"),
                         ("mllm:/no/where", "no such folder"), ("mllm:~/no/where", "no such folder"),
                         ("mllm:some/model", "machine with network"), ("qrealign-mini", "machine with network"),
@@ -355,7 +433,7 @@ def test_code_of_a_model_runs_only_when_allowed(folders, tmp_path, monkeypatch, 
     torch.testing.assert_close(judge(images), load(f"mllm:{folders['levels']}")(images))
 
 
-def test_score_takes_its_flags(tmp_path, folders, capsys):
+def test_score_takes_its_flags_and_sums(tmp_path, folders, capsys):
     from utils import parse
     for index, image in enumerate([*random_images(2, 64, 64), *random_images(1, 48, 80, seed=2)]):
         write_image(tmp_path / f"{index}.png", image)
@@ -368,9 +446,13 @@ def test_score_takes_its_flags(tmp_path, folders, capsys):
     flags = ("--prompt", "How good?", "--stem", "It is", "--levels", "good,bad", "--values", "3,1")
     expected = load(source, prompt="How good?", stem="It is", levels="good,bad", values="3,1")(images)
     assert table("--metric", source, *flags, "--dtype", "float32") == pytest.approx(expected.tolist(), abs=1e-4)
+    total = table("--metric", f"judge+0.5*{source}")
+    assert sum(total) == pytest.approx(0, abs=1e-3) and max(total) > 0
     assert math.isnan(table("--metric", f"q-insight:{folders['answers']}?tokens=2", files=files[:1])[0])
     with pytest.raises(UserError, match="needs --ref"):
-        table("--metric", "psnr")
+        table("--metric", "judge+psnr")
+    with pytest.raises(UserError, match="two or more"):
+        table("--metric", f"judge+{source}", files=files[:1])
 
 
 def test_symmetric_reward_does_not_depend_on_how_the_image_is_turned(gen):
