@@ -229,7 +229,7 @@ class MLLM:
     def inputs(self, images):
         """(B, 3, H, W) in [-1, 1] -> the processor's tensors on the model's device and in its dtype."""
         from utils import to_uint8
-        pixels = list(to_uint8(images).cpu())
+        pixels = [[image] for image in to_uint8(images).cpu()]  # nested, as only that form is the same for all
         return self.processor(text=[self.text] * len(pixels), images=pixels, padding=True,
                               return_tensors="pt").to(self.model.device, self.model.dtype)
 

@@ -150,6 +150,32 @@ def test_two_sizes_in_one_batch_score_as_alone(folders):
     torch.testing.assert_close(both[1], symmetric(judge, 2)(images[1][None])[0], rtol=0, atol=1e-6)
 
 
+def test_other_families_are_judges_too(tmp_path):
+    """Gemma 3: one fixed size, an image token of its own, another layout of the chat."""
+    import transformers as tf
+    plain = json.loads(reward.build_tokenizer().backend_tokenizer.to_str())["model"]
+    tokenizer = tf.Qwen2Tokenizer(
+        vocab=plain["vocab"], merges=[tuple(m) for m in plain["merges"]], eos_token="<|im_end|>",
+        pad_token="<|endoftext|>", extra_special_tokens={
+            "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"})
+    tiny = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.3)
+    model = tf.Gemma3ForConditionalGeneration(tf.Gemma3Config(
+        mm_tokens_per_image=4, image_token_index=tokenizer.image_token_id, boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id, initializer_range=0.3, vision_config=dict(
+            image_size=56, patch_size=14, **tiny), text_config=dict(
+            vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=16, pad_token_id=0, **tiny)))
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # it starts at zero
+    processor = tf.Gemma3Processor(
+        tf.Gemma3ImageProcessor(size=dict(height=56, width=56)), tokenizer, image_seq_length=4,
+        chat_template="{% for c in messages[0].content %}{{ '<start_of_image>' if c.type == 'image' else c.text }}"
+                      "{% endfor %} model: ")
+    model.save_pretrained(tmp_path), processor.save_pretrained(tmp_path)
+    judge, images = load(f"mllm:{tmp_path}"), [*random_images(2, 64, 80), *random_images(2, 90, 40)]
+    scores = judge(images)
+    assert scores.shape == (4,) and scores.std() > 0
+    torch.testing.assert_close(scores, torch.cat([judge(x[None]) for x in images]), rtol=0, atol=1e-6)
+
+
 def test_prompt_stem_levels_and_values_are_options(folders):
     images, source = random_images(2, 64, 64), f"mllm:{folders['levels']}"
     plain, asked = load(source), load(source + "?prompt=Rate it, please%26thanks&stem=The quality is")
