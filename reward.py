@@ -1,33 +1,49 @@
 """Rewards: the score of an image-quality model built on a multimodal language model (MLLM), and others, one contract.
 
   reward(images, refs=None) -> (B,)     images, refs: (B, 3, H, W) in [-1, 1]; higher is better; no gradient;
-                                        an image gets the same score in any batch (to float rounding)
+                                        an image gets the same score in any batch (to the rounding of the dtype)
+  Judges and pyiqa also take lists of (3, H, W) of several sizes; only images of one size share a batch, so no padding
+  enters a model. NaN: this judge gave no score; a number is never made up in its place.
 
 MLLM judge, the way of Q-Align (Wu et al. 2023, arXiv 2312.17090, eq. 4 and 5):
   p_j = softmax over the next-token logits of the five level words after "The quality of the image is"
   score = sum_j v_j p_j,   v = 1, 0.75, 0.5, 0.25, 0 for excellent, good, fair, poor, bad
 
 Names that `load` knows
-  judge, judge2     the small judges in weights/; judge2 is only ever used to check judge
-  mllm:FOLDER       any transformers image-text-to-text model with its processor, same scorer
+  judge, judge2           the small judges in weights/; judge2 is only ever used to check judge
+  qrealign-mini | qrealign-lite | qrealign-pro | mllm:SOURCE       level words; SOURCE is a folder or hub id
+  q-insight | visualquality-r1     reason first, then answer with a rating from 1 to 5: slow
+  NAME:SOURCE             the recipe of one of these with other weights, as in q-insight:/models/q-insight
   psnr, psnr_y, ssim      against the reference; dB, dB, [-1, 1]
-  pyiqa:NAME        any metric of pyiqa (non-commercial licence); lower-is-better ones are negated, here only
+  pyiqa:NAME, qalign      any metric of pyiqa (non-commercial licence); lower-is-better ones are negated, here only
+  A+0.5*B                 a weighted sum, each term z-scored first: class WeightedSum
+Options of a judge stand behind a question mark as in a web address (%26 is an &), inside a sum too:
+  mllm:/models/x?prompt=How good is it?&stem=It is&levels=good,bad&values=1,0&batch=8&dtype=bfloat16&device=cuda:1
 
 Chosen here:
  1. An image is rounded to 8 bits before it is judged, so a tensor and its PNG score the same and no reward hides
-    below the precision of a file. Resizing is the processor's own: the shipped judges take 64 x 64 and more in
-    multiples of 16, anything else is resized to them bicubically; nothing is compressed.
+    below the precision of a file (pyiqa's qrealign truncates). Nothing is compressed; resizing is the processor's own.
+    Qwen's keep the aspect ratio, resize bicubically with antialias to multiples of a patch and enlarge small images:
+    areas under 64 x 64 for the shipped judges, under 256 x 256 for Q-ReAlign.
  2. The shipped judges learn a ladder of degradations whose severity is known, soft labels over two neighbouring
     levels as DeQA-Score has them (You et al. 2025, arXiv 2501.11561), so that the expected value is the target.
  3. Their patch embedding starts as a PCA whitening of training patches. Natural images put nearly all variance
     into low frequencies, quality is in the high ones: from a random start the loss stays on a plateau.
+ 4. Judges that reason decode greedily, where their authors sample: the same image, the same answer.
+ 5. dtype auto is float32 on a CPU and for the shipped judges, elsewhere what the weights are stored in.
 
     python reward.py score photo.png --metric judge            # laptop
-    python reward.py score out/*.png --ref hq/*.png --metric pyiqa:lpips --device cuda
+    python reward.py score out/*.png --metric qrealign-mini+0.5*pyiqa:musiq --device cuda
     python reward.py train --name judge                        # makes weights/judge; then: python reward.py check
 """
 
+import json
+import logging
+import math
+import re
+import sys
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Annotated
 
@@ -77,85 +93,243 @@ def ssim(images, refs):
 
 # ---- MLLM judges ----
 
+RATE = ("What is your overall rating on the quality of this picture? The rating should be a float between 1 and 5, "
+        "rounded to two decimal places, with 1 representing very poor quality and 5 representing excellent quality.")
+MODELS = {
+    **{name: {"source": str(Path(__file__).parent / "weights" / name), "dtype": "float32"}
+       for name in ("judge", "judge2")},
+    "mllm": {},
+    "qrealign-mini": {"source": "q-future/Q-ReAlign-Mini-0.8B"},
+    "qrealign-lite": {"source": "q-future/Q-ReAlign-Lite-4B"},
+    "qrealign-pro": {"source": "q-future/Q-ReAlign-Pro-9B"},
+    # The questions that these two were trained on, word for word: Li et al. 2025, arXiv 2503.22679, and Wu et al. 2025,
+    # arXiv 2505.14460.
+    "q-insight": {
+        "source": "ByteDance/Q-Insight", "subfolder": "score_degradation", "form": "json", "image_last": True,
+        "prompt": RATE + ' Return the final answer in JSON format with the following keys: "rating": The score.',
+        "system": "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
+        "The assistant first thinks about the reasoning process in the mind and then provides the user with the "
+        "answer. The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, "
+        "respectively, i.e., <think> reasoning process here </think><answer> answer here </answer>"},
+    "visualquality-r1": {
+        "source": "TianheWu/VisualQuality-R1-7B", "form": "answer", "vision_id": True,
+        "prompt": f"You are doing the image quality assessment task. Here is the question: {RATE} First output the "
+        "thinking process in <think> </think> tags and then output the final answer with only one score in <answer> "
+        "</answer> tags."},
+}
+
+
+def fail(message):
+    """Raises utils.UserError, imported here so that this file works alone."""
+    from utils import UserError
+    raise UserError(message) from None
+
+
+def reason(error, device, remedy="give a complete folder, or a hub id on a machine with network"):
+    """What stopped a model from loading and what to do, in one line."""
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in text or "allocate memory" in text:
+        return f"not enough memory on {device}; take a smaller judge, --dtype bfloat16 or another device"
+    if "trust_remote_code" in text:
+        return "it brings code of its own; read that code, then allow it with --trust-remote-code"
+    if "Unrecognized configuration class" in text:
+        return "no image-text model of transformers; choose another"
+    return f"cannot be loaded ({text.splitlines()[0][:200]}); {remedy}"
+
+
+def by_size(function, batch, images, refs=None):
+    """function(images, refs) of stacks (b, 3, H, W) of one size, b <= batch -> its results as a list, one per image."""
+    groups, results = {}, {}
+    for index, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(index)
+    for part in (group[i:i + batch] for group in groups.values() for i in range(0, len(group), batch)):
+        stacks = [torch.stack([x[i] for i in part]) for x in (images, refs) if x is not None]
+        results |= zip(part, function(*stacks))
+    return [results[i] for i in range(len(images))]
+
+
 def expected_level(logits, values=VALUES):
     """(B, 5) next-token logits of the level words, best first -> (B,) expected value of the levels."""
     return logits.float().softmax(-1) @ torch.tensor(values, device=logits.device)
 
 
-def level_tokens(tokenizer, words=LEVELS):
-    """Token id of " " + word for each level word. Raises UserError unless each is one token, all different."""
-    ids = [tokenizer(" " + word, add_special_tokens=False)["input_ids"] for word in words]
-    if any(len(i) != 1 for i in ids) or len({i[0] for i in ids}) < len(words):
-        from utils import UserError
-        raise UserError(f"the judge's tokenizer does not hold {', '.join(words)} as single, different tokens; "
-                        "choose other level words or another judge")
-    return [i[0] for i in ids]
+def level_tokens(tokenizer, levels=LEVELS, stem=STEM):
+    """The token that each level word adds behind the stem. Raises UserError unless each is one, all different."""
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    start, gap = encode(stem) if stem else [], " " if stem and not stem[-1].isspace() else ""
+    added = [encode(stem + gap + word) for word in levels]
+    bad = [word for word, ids in zip(levels, added) if len(ids) != len(start) + 1 or ids[:-1] != start]
+    if bad or len(levels) < 2 or len({ids[-1] for ids in added}) < len(levels):
+        fail(f"level words {', '.join(levels)}: must be two or more single, different tokens of this judge"
+             + (f", unlike {', '.join(bad)}" if bad else "") + "; choose others with --levels, or another judge")
+    return [ids[-1] for ids in added]
 
 
-class MLLMJudge:
-    """Scores images with any stock vision-language model, one forward pass per image, batched."""
+def parse_rating(text, form):
+    """The rating in [1, 5] of an answer; NaN unless there is exactly one, in the form that the model was told.
 
-    def __init__(self, model, processor, prompt=PROMPT, stem=STEM, words=LEVELS, values=VALUES, batch=64):
-        self.model, self.processor, self.values, self.batch = model.eval(), processor, values, batch
+    form "json": one {"rating": number} behind the reasoning; "answer": one <answer>number</answer> there.
+    """
+    text = text.rpartition("</think>")[2]
+    found = re.findall(r"\{[^{}]*\}" if form == "json" else r"<answer>\s*(\d+(?:\.\d+)?)\s*</answer>", text)
+    if len(found) != 1 or text.count("<answer>") > 1 or "<think>" in text:
+        return math.nan
+    try:
+        rating = json.loads(found[0])["rating"] if form == "json" else float(found[0])
+    except (ValueError, KeyError):
+        return math.nan
+    return float(rating) if type(rating) in (int, float) and 1 <= rating <= 5 else math.nan
+
+
+class MLLM:
+    """A stock vision-language model with its processor and one question for every image; the judges build on it.
+
+    image_last: the image stands behind the prompt; vision_id: the chat template numbers the images (Qwen2.5-VL).
+    """
+
+    def __init__(self, model, processor, prompt, system="", image_last=False, vision_id=False, batch=64):
+        self.model, self.processor, self.batch = model.eval(), processor, batch
         processor.tokenizer.padding_side = "left"  # the last position must be the one after the stem
-        self.ids = level_tokens(processor.tokenizer, words)
-        turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-        self.text = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) + stem
+        parts = [{"type": "image"}, {"type": "text", "text": prompt}]
+        turns = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+        turns.append({"role": "user", "content": parts[::-1] if image_last else parts})
+        self.text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False,
+                                                  **({"add_vision_id": True} if vision_id else {}))
 
     @classmethod
-    def from_pretrained(cls, source, device="cpu", dtype=torch.float32, **options):
+    def from_pretrained(cls, source, device="cpu", dtype="auto", trust_remote_code=False, subfolder="", **options):
         """source: a folder or hub id with model, tokenizer and processor. Raises UserError if it cannot be loaded."""
         from transformers import AutoModelForImageTextToText, AutoProcessor
-        from transformers.utils import logging
+        from transformers.utils import logging as transformers_logging
 
         from utils import UserError
-        logging.disable_progress_bar()  # "Loading weights" for a single small file
+        transformers_logging.disable_progress_bar()  # "Loading weights" for a single small file
+        if source.startswith(("/", ".", "~")) and not Path(source := str(Path(source).expanduser())).is_dir():
+            fail(f"judge {source}: no such folder")
+        where = dict(subfolder=subfolder, trust_remote_code=trust_remote_code)
         try:
-            model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True)
-            processor = AutoProcessor.from_pretrained(source)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise UserError(f"judge {source}: cannot be loaded ({str(error).strip().splitlines()[0]}); give a complete "
-                            "folder, or a hub id on a machine with network") from None
-        return cls(model.to(device), processor, **options)
+            processor = AutoProcessor.from_pretrained(source, **where)
+            if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+                fail("no image-text model, its processor takes no images; choose another")
+            if not processor.tokenizer("a", add_special_tokens=False)["input_ids"]:  # made of nothing, without a word
+                raise OSError("its tokenizer is empty")
+            if dtype == "auto" and str(device) == "cpu":
+                dtype = "float32"
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, output_loading_info=True, **where)
+            if info["missing_keys"]:  # transformers would fill them with random numbers
+                raise OSError(f"its weights lack {sorted(info['missing_keys'])[0]}")
+            return cls(model.to(device), processor, **options)
+        except UserError as error:
+            fail(f"judge {source}: {error}")
+        except Exception as error:  # of transformers, safetensors, the hub, jinja, the device: many kinds
+            fail(f"judge {source}: {reason(error, device)}")
 
     def inputs(self, images):
-        """(B, 3, H, W) in [-1, 1] -> the processor's tensors on the model's device."""
+        """(B, 3, H, W) in [-1, 1] -> the processor's tensors on the model's device and in its dtype."""
         from utils import to_uint8
-        pixels = list(to_uint8(images).cpu())
+        pixels = [[image] for image in to_uint8(images).cpu()]  # nested, as only that form is the same for all
         return self.processor(text=[self.text] * len(pixels), images=pixels, padding=True,
-                              return_tensors="pt").to(self.model.device)
+                              return_tensors="pt").to(self.model.device, self.model.dtype)
+
+
+class MLLMJudge(MLLM):
+    """Scores images by the level words, one forward pass per image, batched."""
+
+    OPTIONS = {"prompt": str, "stem": str, "batch": int, "levels": lambda text: tuple(text.split(",")),
+               "values": lambda text: tuple(map(float, text.split(",")))}
+
+    def __init__(self, model, processor, prompt=PROMPT, stem=STEM, levels=LEVELS, values=None, **options):
+        """values: of the levels; evenly from 1 down to 0 where None, which is VALUES for five."""
+        super().__init__(model, processor, prompt, **options)
+        self.ids, self.text = level_tokens(processor.tokenizer, levels, stem), self.text + stem
+        can_keep = "logits_to_keep" in signature(model.forward).parameters
+        self.last = {"logits_to_keep": 1} if can_keep else {}  # a large vocabulary for every position is much memory
+        self.values = values or tuple(1 - i / (len(levels) - 1) for i in range(len(levels)))
+        if len(self.values) != len(levels):
+            fail(f"{len(self.values)} values for {len(levels)} level words; give one for each with --values")
 
     def logits(self, images):
         """(B, 3, H, W) in [-1, 1] -> (B, vocabulary) next-token logits after the stem."""
-        return self.model(**self.inputs(images), logits_to_keep=1, use_cache=False).logits[:, -1]
+        return self.model(**self.inputs(images), **self.last, use_cache=False).logits[:, -1]
+
+    def scores(self, images):
+        return expected_level(self.logits(images)[:, self.ids], self.values)
 
     @torch.no_grad()
     def __call__(self, images, refs=None):
-        scores = [expected_level(self.logits(part)[:, self.ids], self.values) for part in images.split(self.batch)]
-        return torch.cat(scores).to(images.device)
+        return torch.stack(by_size(self.scores, self.batch, images)).to(images[0].device)
+
+
+class RatingJudge(MLLM):
+    """Lets the model reason and reads the rating, 1 to 5, out of its answer; greedy, batched.
+
+    An answer that holds no rating scores NaN. It is logged with its text and counted in `unparsed`; the caller gives
+    such a sample no weight, or stops. A number in its place would be a reward for confusing the judge.
+    """
+
+    OPTIONS = {"prompt": str, "batch": int, "tokens": int}
+
+    def __init__(self, model, processor, prompt, form, tokens=1024, **options):
+        from transformers import GenerationConfig
+        super().__init__(model, processor, prompt, **options)
+        self.form, self.unparsed, own = form, 0, model.generation_config
+        # not the model's own settings: they add a temperature and a penalty for repetition
+        model.generation_config = GenerationConfig(
+            do_sample=False, max_new_tokens=tokens, bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id,
+            pad_token_id=own.pad_token_id if own.pad_token_id is not None else processor.tokenizer.pad_token_id)
+
+    def answers(self, images):
+        """(B, 3, H, W) in [-1, 1] -> B texts."""
+        inputs = self.inputs(images)
+        ids = self.model.generate(**inputs)[:, inputs["input_ids"].shape[1]:]
+        return self.processor.batch_decode(ids, skip_special_tokens=True)
+
+    @torch.no_grad()
+    def __call__(self, images, refs=None):
+        texts = by_size(self.answers, self.batch, images)
+        scores = torch.tensor([parse_rating(text, self.form) for text in texts], device=images[0].device)
+        bad = scores.isnan().nonzero().flatten().tolist()
+        self.unparsed += len(bad)
+        if bad:
+            logging.getLogger(__name__).warning("%d of %d answers hold no rating and score NaN, first image %d: ...%r",
+                                                len(bad), len(images), bad[0], texts[bad[0]][-200:])
+        return scores
 
 
 class PyiqaReward:
     """A metric of pyiqa as a reward; (B, 3, H, W) in [-1, 1] -> (B,), sign turned where lower is better."""
 
-    def __init__(self, name, device):
-        from utils import UserError
+    def __init__(self, name, device, trust_remote_code=False):
+        from importlib.util import find_spec
+        self.name, self.batch = name, 64
+        if name.startswith(("qalign", "compare2score")):
+            self.batch = 1  # more they cannot
+            lack = [] if trust_remote_code else ["--trust-remote-code (pyiqa loads the weights with it)"]
+            if name.startswith("qalign") and not find_spec("icecream"):
+                lack += ["pip install icecream (pyiqa imports it, but does not declare it)"]
+            if lack:
+                fail(f"{name}: needs {' and '.join(lack)}, a network at its first use and 16 GB of memory "
+                     "(pyiqa:qalign_8bit 9, pyiqa:qalign_4bit 6)")
         try:
             import pyiqa
             self.metric = pyiqa.create_metric(name, device=torch.device(device))
         except Exception as error:  # pyiqa raises bare assertions and the errors of many download back ends
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"pyiqa:{name}: cannot be made ({first}); see pyiqa.list_models(), and note that most "
-                            "metrics download their weights at first use") from None
-        self.name, self.sign = name, -1.0 if self.metric.lower_better else 1.0
+            remedy = "pyiqa.list_models() has the names, and most metrics download their weights at first use"
+            fail(f"pyiqa:{name}: {reason(error, device, remedy)}")
+        self.sign = -1.0 if self.metric.lower_better else 1.0
 
     @torch.no_grad()
     def __call__(self, images, refs=None):
-        to_unit = [None if x is None else ((x.float() + 1) / 2).clamp(0, 1) for x in (images, refs)]
-        if self.metric.metric_mode == "FR" and refs is None:
+        full = self.metric.metric_mode == "FR"
+        if full and refs is None:
             raise ValueError(f"pyiqa:{self.name} needs reference images")
-        score = self.metric(to_unit[0], to_unit[1]) if self.metric.metric_mode == "FR" else self.metric(to_unit[0])
-        return self.sign * score.float().reshape(len(images))
+
+        def metric(*stacks):
+            return self.metric(*(((x.float() + 1) / 2).clamp(0, 1) for x in stacks)).reshape(len(stacks[0]))
+        scores = by_size(metric, self.batch, images, refs if full else None)
+        return self.sign * torch.stack(scores).detach().float().to(images[0].device)
 
 
 def symmetric(reward, views):
@@ -163,30 +337,142 @@ def symmetric(reward, views):
 
     Quality does not depend on how a picture is turned, a judge's score does: most of the difference that one view sees
     among restorations of one input is gone in the mirrored view (figures in the README). That part is noise to the
-    policy gradient and room for reward hacking; the mean over views has less of it.
+    policy gradient and room for reward hacking; the mean over views has less of it. NaN in a view makes the mean NaN.
     """
     def turned(x, view):  # mirror first, then the half turn, then the quarter turns
-        return None if x is None else torch.rot90(x.flip(3) if view % 2 else x, (0, 2, 1, 3)[view // 2], (2, 3))
+        if x is None or isinstance(x, list):
+            return x and [turned(image, view) for image in x]
+        return torch.rot90(x.flip(-1) if view % 2 else x, (0, 2, 1, 3)[view // 2], (-2, -1))
 
     def mean(images, refs=None):
         return sum(reward(turned(images, view), turned(refs, view)) for view in range(views)) / views
     return mean if views > 1 else reward
 
 
-def load(name, device="cpu"):
-    """A reward by its name (see the top of this file). Raises UserError for an unknown one."""
-    from utils import UserError
-    references = {"psnr": psnr, "psnr_y": psnr_y, "ssim": ssim}
-    if name in references:
-        return references[name]
-    if name in JUDGES:
-        folder = Path(__file__).parent / "weights" / name
-        return MLLMJudge.from_pretrained(str(folder), device)
-    if name.startswith("mllm:"):
-        return MLLMJudge.from_pretrained(name[len("mllm:"):], device)
-    if name.startswith("pyiqa:"):
-        return PyiqaReward(name[len("pyiqa:"):], device)
-    raise UserError(f"reward {name}: unknown; choose judge, mllm:FOLDER, psnr, psnr_y, ssim or pyiqa:NAME")
+# ---- sums ----
+
+def moments(scores):
+    """(K, B) -> (K, 3) float64: number, sum and sum of squares of the finite scores of each row. They add up."""
+    valid, scores = scores.isfinite().double().cpu(), scores.double().cpu().nan_to_num(0, 0, 0)
+    return torch.stack([valid.sum(1), scores.sum(1), (scores ** 2).sum(1)], 1)
+
+
+class WeightedSum:
+    """score = sum_k w_k (s_k - mean_k) / (std_k + 1e-4), a reward made of rewards; NaN where a term is NaN.
+
+    mean and std are those of all scores seen, but change only in `update`, between calls. Within a call they are
+    constants: an image's score does not depend on the images beside it. Between two updates, and for good after
+    `freeze`, it is the same in any call. Where nothing is known yet, the first call updates before it scores: its own
+    images, two or more, set the scale, and any later call scores them the same.
+    A training loop observes some hundred restorations of the start model, updates and freezes, because what remembers
+    rewards needs one scale from first to last. With several processes, `update` takes a function that sums over them.
+    """
+
+    def __init__(self, terms):
+        """terms: [(weight, name, reward)]."""
+        self.weights, self.names, self.rewards = zip(*terms)
+        self.known, self.pending = torch.zeros(2, len(terms), 3, dtype=torch.float64)
+        self.frozen = False
+
+    @torch.no_grad()
+    def observe(self, images, refs=None):
+        """The terms' own scores, (K, B); unless frozen, they count in the next `update`."""
+        raw = torch.stack([reward(images, refs) for reward in self.rewards])
+        if not self.frozen:
+            self.pending = self.pending + moments(raw)
+        return raw
+
+    def update(self, total=lambda pending: pending):
+        """Takes what was observed into mean and std. total: (K, 3) of this process -> their sum over all processes."""
+        if not self.frozen:
+            self.known, self.pending = self.known + total(self.pending).cpu(), torch.zeros_like(self.pending)
+
+    def freeze(self):
+        """From here on mean and std stay as they are."""
+        self.frozen = True
+
+    def combine(self, raw):
+        """(K, B) scores of the terms -> (B,) with the present mean and std."""
+        count, total, squares = self.known.unbind(1)
+        if count.min() < 2:
+            raise ValueError("a sum needs two images or more that every term could score, to know their scale")
+        mean, weights = total / count, torch.tensor(self.weights, dtype=torch.float64)
+        std = ((squares / count - mean ** 2).clamp(min=0) * count / (count - 1)).sqrt()
+        return (weights / (std + 1e-4) @ (raw.double().cpu() - mean[:, None])).float().to(raw.device)
+
+    def __call__(self, images, refs=None):
+        raw = self.observe(images, refs)
+        if self.known[:, 0].min() < 2:
+            self.update()
+        return self.combine(raw)
+
+    def state_dict(self):
+        """The statistics, as values that JSON holds exactly."""
+        return {"names": list(self.names), "weights": list(self.weights), "known": self.known.tolist(),
+                "pending": self.pending.tolist(), "frozen": self.frozen}
+
+    def load_state_dict(self, state):
+        if [list(self.names), list(self.weights)] != [state["names"], state["weights"]]:
+            fail(f"reward: the statistics are those of {state['weights']} * {state['names']}, not of this sum")
+        self.known, self.pending = (torch.tensor(state[key], dtype=torch.float64) for key in ("known", "pending"))
+        self.frozen = state["frozen"]
+
+
+# ---- names ----
+
+REFERENCES = {"psnr": psnr, "psnr_y": psnr_y, "ssim": ssim}
+
+
+def terms(name):
+    """"a+0.5*b" -> [(1.0, "a"), (0.5, "b")]. A plus that no known name follows belongs to its term: pyiqa:clipiqa+."""
+    heads = "|".join([*REFERENCES, *MODELS, "pyiqa", "qalign"])
+    parts = re.split(rf"\+(?=(?:[\d.]+\*)?(?:{heads})(?:[:?+]|$))", name)
+    pairs = [re.fullmatch(r"(?:(\d+\.?\d*|\.\d+)\*)?(.*)", part, re.DOTALL).groups() for part in parts]
+    return [(float(weight or 1), part) for weight, part in pairs]
+
+
+def load(name, device="cpu", dtype="auto", trust_remote_code=False, **options):
+    """A reward by its name (see the top of this file). Raises UserError for an unknown one, or one that cannot load.
+
+    dtype: auto, float32, bfloat16 or float16. options: prompt, stem, levels, values, batch, tokens of a single judge,
+    as strings or as Python values; in a sum they stand in the name.
+    """
+    parts = terms(name)
+    if trust_remote_code:
+        print(f"warning: --trust-remote-code lets {name} run code that comes with its weights", file=sys.stderr)
+    if len(parts) == 1 and parts[0][0] == 1:
+        return load_term(parts[0][1], device, dtype, trust_remote_code, options)
+    if options:
+        fail(f"reward {name}: in a sum, options stand behind their term: mllm:FOLDER?prompt=...&levels=...")
+    return WeightedSum([(w, part, load_term(part, device, dtype, trust_remote_code, {})) for w, part in parts])
+
+
+def load_term(name, device, dtype, trust_remote_code, options):
+    """A reward that is no sum."""
+    from urllib.parse import parse_qsl
+    plain, _, query = name.partition("?")
+    head, _, source = plain.partition(":")
+    recipe = MODELS.get(head, {}) | ({"source": source, "subfolder": ""} if source else {})
+    options = options | dict(parse_qsl(query, keep_blank_values=True))
+    device, dtype = options.pop("device", device), options.pop("dtype", dtype)
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        fail(f"reward {name}: dtype {dtype} is unknown; choose auto, float32, bfloat16 or float16")
+    if head in MODELS and "source" in recipe:
+        kind = RatingJudge if "form" in recipe else MLLMJudge
+        try:
+            recipe |= {key: kind.OPTIONS[key](v) if isinstance(v, str) else v for key, v in options.items()}
+        except (KeyError, ValueError) as error:
+            fail(f"reward {name}: {error} is no valid option; it takes {', '.join(kind.OPTIONS)}, device and dtype")
+        recipe |= {"dtype": recipe.get("dtype", "auto") if dtype == "auto" else dtype}
+        return kind.from_pretrained(device=device, trust_remote_code=trust_remote_code, **recipe)
+    if options:
+        fail(f"reward {name}: takes no {', '.join(options)}")
+    if plain in REFERENCES:
+        return REFERENCES[plain]
+    if plain == "qalign" or head == "pyiqa" and source:
+        return PyiqaReward(source or plain, device, trust_remote_code)
+    fail(f"reward {name}: unknown; choose one of {', '.join((*REFERENCES, *MODELS))} (mllm:FOLDER), qalign, "
+         "pyiqa:NAME, or a sum as judge+0.5*pyiqa:musiq")
 
 
 # ---- the degradation ladder: severity s in [0, 1] (B,) -> image and its target quality in [0, 1] ----
@@ -417,9 +703,9 @@ def train_judge(cfg):
     from tqdm import tqdm
 
     from sft import one_cycle
-    from utils import UserError, generator
+    from utils import generator
     if cfg.name not in JUDGES:
-        raise UserError(f"--name {cfg.name}: unknown; choose one of {', '.join(JUDGES)}")
+        fail(f"--name {cfg.name}: unknown; choose one of {', '.join(JUDGES)}")
     recipe = JUDGES[cfg.name]
     gen = generator(recipe["seed"], 10)
     hq, restored, lq = judge_data("train", cfg.pool, cfg.size, gen, cfg.model)
@@ -474,37 +760,52 @@ def check(cfg):
 @dataclass
 class ScoreConfig:
     ref: Annotated[list, "reference files, as many as images, in the same order"] = field(default_factory=list)
-    metric: Annotated[str, "judge, judge2, mllm:FOLDER, psnr, psnr_y, ssim, pyiqa:NAME"] = "judge"
+    metric: Annotated[str, "name of a reward or a sum of them, see the top of reward.py"] = "judge"
     device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
+    dtype: Annotated[str, "auto, float32, bfloat16 or float16: the judge's weights and arithmetic"] = "auto"
+    prompt: Annotated[str, "question to a judge; empty: the judge's own"] = ""
+    stem: Annotated[str, "start of its answer, which the level word continues; empty: the judge's own"] = ""
+    levels: Annotated[str, "level words, best first, with commas; empty: excellent,good,fair,poor,bad"] = ""
+    values: Annotated[str, "their values, with commas; empty: evenly from 1 to 0"] = ""
+    trust_remote_code: Annotated[bool, "run Python code that comes with a model; read it before"] = False
 
 
 def score(cfg, files):
-    """Prints a table of scores, a line per file."""
-    from utils import UserError, pick_device, read_image
+    """Prints a table of scores, a line per file; a sum takes its scale from these files."""
+    from utils import pick_device, read_image
     if not files:
-        raise UserError("no images: python reward.py score IMG ... [--ref IMG ...] [--metric NAME]")
+        fail("no images: python reward.py score IMG ... [--ref IMG ...] [--metric NAME]")
     if cfg.ref and len(cfg.ref) != len(files):
-        raise UserError(f"--ref: {len(cfg.ref)} references for {len(files)} images; give one for each")
-    if cfg.metric in ("psnr", "psnr_y", "ssim") and not cfg.ref:
-        raise UserError(f"--metric {cfg.metric}: needs --ref")
+        fail(f"--ref: {len(cfg.ref)} references for {len(files)} images; give one for each")
+    if not cfg.ref and any(part in REFERENCES for _, part in terms(cfg.metric)):
+        fail(f"--metric {cfg.metric}: needs --ref")
     device = pick_device(cfg.device)
-    metric = load(cfg.metric, device)
-    print(f"{cfg.metric:>12s}  file")
-    for index, file in enumerate(files):
-        image = read_image(file)[None].to(device)
-        ref = read_image(cfg.ref[index])[None].to(device) if cfg.ref else None
+    options = {key: getattr(cfg, key) for key in ("prompt", "stem", "levels", "values") if getattr(cfg, key)}
+    metric = load(cfg.metric, device, cfg.dtype, cfg.trust_remote_code, **options)
+    is_sum = isinstance(metric, WeightedSum)
+
+    def scored(file, ref_file):
+        image, ref = (None if path is None else read_image(path)[None].to(device) for path in (file, ref_file))
         if ref is not None and ref.shape != image.shape:
-            raise UserError(f"{file} and {cfg.ref[index]}: sizes differ; references must match their images")
+            fail(f"{file} and {ref_file}: sizes differ; references must match their images")
         try:
-            print(f"{metric(image, ref).item():12.4f}  {file}")
-        except (ValueError, RuntimeError, AssertionError) as error:  # too small for a window, a reference missing
-            raise UserError(f"{file}: {cfg.metric} cannot score it ({str(error).splitlines()[0]})") from None
+            return metric.observe(image, ref) if is_sum else metric(image, ref)
+        except (ValueError, RuntimeError, AssertionError) as error:  # too small for a window, memory, no reference
+            fail(f"{file}: {cfg.metric} cannot score it ({str(error).splitlines()[0]})")
+    rows = map(scored, files, cfg.ref or [None] * len(files))  # one after the other, as they are printed
+    if is_sum:
+        raw = torch.cat(list(rows), 1)
+        metric.update()
+        if metric.known[:, 0].min() < 2:
+            fail(f"--metric {cfg.metric}: a sum takes its scale from the files, so give two or more that it can score")
+        rows = metric.combine(raw)
+    print(f"{cfg.metric:>12s}  file")
+    for file, row in zip(files, rows):
+        print(f"{row.item():12.4f}  {file}")
 
 
 def main():
-    import sys
-
-    from utils import UserError, parse
+    from utils import parse
     command, rest = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
     if command == "train":
         train_judge(parse(TrainConfig, rest, "Trains a small MLLM judge on the degradation ladder."))
@@ -513,7 +814,7 @@ def main():
     elif command == "score":
         score(*parse(ScoreConfig, rest, "Scores image files.", positional="image files"))
     else:
-        raise UserError("usage: python reward.py score | check | train, each with --help")
+        fail("usage: python reward.py score | check | train, each with --help")
 
 
 if __name__ == "__main__":
