@@ -28,7 +28,7 @@ Chosen here:
     pixels, which undoes bicubic enlargement almost exactly (tests/test_model.py measures it).
  3. Weights that train are float32, also under bf16 autocast (`dtype`); frozen modules are held in `dtype` itself.
     `frozen_copy` copies only what trains and shares the rest: that is what the KL reference costs.
- 4. Classifier-free guidance is inside `predict`, so rollout and update cannot differ. Prompts are encoded once, on load.
+ 4. Classifier-free guidance is inside `predict`, so that rollout and update cannot differ. Prompts are encoded once.
 
     python model.py                                           # laptop: prints what the shipped restorer is
     python model.py --model sd-controlnet --controlnet lllyasviel/control_v11f1e_sd15_tile --out my-restorer
@@ -410,7 +410,8 @@ def seeded(seed, make, *args, **config):
 
 def random_vae(seed, **config):
     from diffusers import AutoencoderKL
-    config = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512) | config
+    config = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+                  sample_size=512) | config
     count = len(config["block_out_channels"])
     return seeded(seed, AutoencoderKL, down_block_types=("DownEncoderBlock2D",) * count,
                   up_block_types=("UpDecoderBlock2D",) * count, **config)
@@ -431,7 +432,8 @@ def random_text(seed, **config):
 # ---- loading ----
 
 FAMILIES = {family.family: family for family in (PixelRestorer, LDMSR, SDControlNet, SDUpscaler, DiTRestorer)}
-HUB = {"ldm-sr": "CompVis/ldm-super-resolution-4x-openimages", "sd-x4-upscaler": "stabilityai/stable-diffusion-x4-upscaler",
+HUB = {"ldm-sr": "CompVis/ldm-super-resolution-4x-openimages",
+       "sd-x4-upscaler": "stabilityai/stable-diffusion-x4-upscaler",
        "sd-controlnet": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 PIPELINES = {"LDMSuperResolutionPipeline": "ldm-sr", "StableDiffusionPipeline": "sd-controlnet",
              "StableDiffusionControlNetPipeline": "sd-controlnet", "StableDiffusionUpscalePipeline": "sd-x4-upscaler"}
@@ -466,12 +468,14 @@ def load(name, device="cpu", dtype="float32", task="sr", revision=None, controln
         raise UserError(f"--task {task}: no restorer in {source}; make one with: python sft.py --task {task}")
     try:
         if name in ("pixel", "dit"):
-            restorer = FAMILIES[name].create(defaults={"task": task}) if name == "pixel" else DiTRestorer.create()
+            restorer = FAMILIES[name].create()
+            restorer.defaults["task"] = task
         else:
             restorer = open_source(source, revision, controlnet, DTYPES[dtype], settings)
         return restorer.to(device, DTYPES[dtype])
     except torch.OutOfMemoryError:
-        raise UserError(f"--model {name}: not enough memory on {device}; use --dtype bfloat16 or a smaller model") from None
+        raise UserError(f"--model {name}: not enough memory on {device}; use --dtype bfloat16 or a smaller "
+                        "model") from None
     except (OSError, KeyError, ValueError, RuntimeError, TypeError, ImportError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"--model {source}: cannot be loaded ({first}); give a complete folder that sft.py, rl.py or "
@@ -486,8 +490,8 @@ def open_source(source, revision, controlnet, dtype, settings):
     kind = kept.pop("family", None) or PIPELINES.get(index.get("_class_name"))
     if kind not in FAMILIES:
         found = index.get("_class_name") or ("no model_index.json" if not kept else f"family {kind}")
-        raise UserError(f"--model {source}: no restorer ({found}); give one of {', '.join(FAMILIES)}, or a folder or hub "
-                        f"id of {', '.join(PIPELINES)}")
+        raise UserError(f"--model {source}: no restorer ({found}); give one of {', '.join(FAMILIES)}, or a folder or "
+                        f"hub id of {', '.join(PIPELINES)}")
     family = FAMILIES[kind]
     unknown = set(settings) - set(family.settings)
     if unknown:
@@ -510,7 +514,7 @@ class Config:
     revision: Annotated[str, "branch, tag or commit of a hub id"] = ""
     random: Annotated[bool, "random weights at the family's published shapes, nothing is downloaded"] = False
     # options that the saved restorer keeps
-    controlnet: Annotated[str, "sd-controlnet: a trained ControlNet, hub id or folder; empty: copied from the UNet"] = ""
+    controlnet: Annotated[str, "sd-controlnet: a trained ControlNet, hub id or folder; empty: a copy of the UNet"] = ""
     prompt: Annotated[str, "Stable Diffusion: text prompt"] = ""
     guidance: Annotated[float, "Stable Diffusion: classifier-free guidance, 1: none"] = 1.0
     noise_level: Annotated[int, "sd-x4-upscaler: noise of its low-resolution input, 0 to 350"] = 20
@@ -568,7 +572,8 @@ def bench(restorer, size, batch):
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     result["update of one step, s"] = timed(update)
-    return result | {"peak memory of the update, GiB": torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")}
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
+    return result | {"peak memory of the update, GiB": peak}
 
 
 def main():

@@ -93,12 +93,13 @@ class ConstrainedAdamW(torch.optim.Optimizer):
 
       m, v <- averages of g and g^2 (Loshchilov and Hutter 2019, arXiv 1711.05101),   D = 1 / (sqrt(v) + eps)
       h    <- average, as m, of the gradient of the drop
-      lam  =  max(0, (rate (drop - budget) / lr - <h, D m>) / <h, D h>),   at most bound sqrt(<m, D m> / <h, D h>)
+      lam = max(0, (rate (drop - budget) / lr - min(0, <h, D m>)) / <h, D h>), at most bound sqrt(<m, D m> / <h, D h>)
       theta <- theta - lr D (m + lam h)
     lam is the multiplier of: minimize the linearized loss in the metric 1 / D, subject to drop' <= drop - rate (drop -
     budget), as in constrained policy optimization (Achiam et al. 2017, arXiv 1705.10528, eq. 11) with Adam's metric for
     the Fisher matrix. So `rate` is the share of the distance to the limit that one step may go, or has to go back. lam
     needs no scale and no memory: a penalty or dual ascent answers late here, and the drop swings about the limit.
+    min(0, .): where the loss promises to lower the drop by itself, it is not believed, because h is of training inputs.
     h is kept out of v: it is often longer than g, and would shrink the steps long after it is needed.
     Without set_constraint, and within the budget as long as h and m do not oppose, this is torch.optim.AdamW.
     """
@@ -136,7 +137,7 @@ class ConstrainedAdamW(torch.optim.Optimizer):
         multiplier = 0.0
         if excess is not None:
             mm, hm, hh = totals.tolist()
-            wanted = (self.rate * excess / lr - hm) / max(hh, 1e-30)
+            wanted = (self.rate * excess / lr - min(hm, 0.0)) / max(hh, 1e-30)
             multiplier = min(max(0.0, wanted), self.bound * math.sqrt(mm / max(hh, 1e-30)))
             self.multiplier = multiplier * math.sqrt(hh / max(mm, 1e-30))  # length of the bend, relative to the step's
         for p, m, h, scale in steps:
@@ -145,8 +146,8 @@ class ConstrainedAdamW(torch.optim.Optimizer):
 
 
 def extremes(advantage, repeats, keep):
-    """Places in a batch of the `keep` samples of each input with the highest and the lowest advantage (half of them
-    each); advantage (B,) with `repeats` samples of an input in a row -> (B / repeats * keep,), inputs in their order."""
+    """Places in a batch of the `keep` samples of each input with the highest and the lowest advantage, half of them
+    each; advantage (B,) with the samples of an input in a row -> (B / repeats * keep,), inputs in their order."""
     order = advantage.view(-1, repeats).argsort(1)
     chosen = torch.cat([order[:, :keep // 2], order[:, repeats - (keep - keep // 2):]], dim=1)
     return (chosen + torch.arange(0, len(advantage), repeats, device=order.device)[:, None]).flatten()
@@ -191,12 +192,12 @@ class Config:
     micro_batch: Annotated[int, "samples in memory at once"] = 64
     lr: Annotated[float, "peak learning rate of AdamW, see learning_rate"] = 4e-4
     clip_range: Annotated[float, "of the ratio of mean log-densities"] = 2e-3
-    kl_coef: Annotated[float, "beta, weight of the KL to the SFT restorer"] = 0.001
+    kl_coef: Annotated[float, "beta, weight of the KL to the SFT restorer"] = 0.0001
     average: Annotated[float, "decay per optimizer step of the weight average that is saved; 0: the last weights"] = 0.9
     # RL against SFT
     weight: Annotated[str, "baseline, running, or fixed:W (0: SFT loss only, 1: RL loss only)"] = "baseline"
     distance: Annotated[str, "of difficulty: iqa_gap, mse or ssim"] = "iqa_gap"
-    sft_coef: Annotated[float, "lambda, weight of the SFT loss"] = 0.001
+    sft_coef: Annotated[float, "lambda, weight of the SFT loss"] = 0.0001
     fidelity_budget: Annotated[float, "PSNR-Y in dB, and 20 SSIM, that RL may cost; -1: off"] = 0.2
     reward_mode: Annotated[str, "final, step, or step:K (every K-th denoising step is judged)"] = "final"
     # running
@@ -212,7 +213,7 @@ class Config:
 def check(cfg):
     """Raises UserError for settings that cannot work, before anything is loaded or written."""
     from difficulty import Difficulty
-    from reward import UNSAFE
+    from reward import UNSAFE, terms
     from utils import UserError
     for name in ("iterations", "inputs", "samples_per_input", "pool", "updates", "micro_batch", "save_every"):
         if getattr(cfg, name) < 1:
@@ -230,10 +231,11 @@ def check(cfg):
         raise UserError(f"--inputs {cfg.inputs}: more than --pool {cfg.pool}; enlarge the pool")
     if cfg.eta <= 0 and cfg.eta != -1:
         raise UserError(f"--eta {cfg.eta}: a deterministic sampler has no log-probabilities to learn from; use 1")
-    if cfg.reward == "judge2":
-        raise UserError("--reward judge2: it is the independent check and never a reward; use judge")
-    if cfg.reward in UNSAFE:
-        raise UserError(f"--reward {cfg.reward}: no reward, {UNSAFE[cfg.reward]}; choose another")
+    for name in (term.partition("?")[0] for _, term in terms(cfg.reward)):
+        if name.partition(":")[0] == "judge2":
+            raise UserError("--reward judge2: it is the independent check and never a reward; use judge")
+        if name in UNSAFE:
+            raise UserError(f"--reward {name}: no reward, {UNSAFE[name]}; choose another")
     if cfg.train not in ("modulation", "all"):
         raise UserError(f"--train {cfg.train}: unknown; choose modulation or all")
     if cfg.distance not in ("iqa_gap", "mse", "ssim"):
@@ -300,7 +302,8 @@ def kept(batches, repeats, keep, size):
     paths = [batch["trajectory"] for batch in batches]
     merged = {key: torch.cat([b[key][i] for b, i in zip(batches, places)]) for key in ("lq", "hq", "weight")}
     for key, dim, parts in (("advantage", 1, [b["advantage"] for b in batches]), ("z", 1, [p.z for p in paths]),
-                            ("log_prob", 1, [p.log_prob for p in paths]), ("condition", 0, [p.condition for p in paths])):
+                            ("log_prob", 1, [p.log_prob for p in paths]),
+                            ("condition", 0, [p.condition for p in paths])):
         merged[key] = torch.cat([x.index_select(dim, i) for x, i in zip(parts, places)], dim)
     result = []
     for rows in torch.arange(len(merged["lq"])).split(max(keep, size // keep * keep)):
@@ -440,6 +443,23 @@ def everyone(parts):
     return gather(torch.cat(parts).contiguous())
 
 
+def measure_scale(scorer, restorer, pool, cfg, world):
+    """Fixes the mean and spread of each term of a sum of rewards, from the SFT restorations of the pool and from its
+    ground truths, over all processes: what remembers rewards needs one scale from first to last."""
+    from accelerate.utils import reduce
+
+    from sample import rollout
+    from utils import generator
+    lq, hq = pool
+    for part in own_share(torch.arange(cfg.pool), world).split(cfg.micro_batch):
+        own = [generator(cfg.seed, 25, i) for i in part.tolist()]
+        z = rollout(restorer, lq[part], cfg.steps, cfg.eta, own, keep=False).z[-1]
+        with torch.no_grad():
+            scorer.observe(restorer.decode(z, lq[part]), hq[part]), scorer.observe(hq[part], hq[part])
+    scorer.update(lambda pending: reduce(pending.to(lq.device), "sum") if world.num_processes > 1 else pending)
+    scorer.freeze()
+
+
 def measure_pool(restorer, judge, pool, cfg, world, memory, difficulty):
     """What the SFT restorer does on each training input, from two restorations of each: first memory and distances.
 
@@ -502,7 +522,7 @@ def train(cfg):
     reference, average = restorer.frozen_copy(), restorer.frozen_copy()
     optimizer = ConstrainedAdamW(restorer.weights(), lr=cfg.lr)
     best = {name: value.cpu().clone() for name, value in reference.state_dict().items()}
-    scorer = load_reward(cfg.reward, cfg.reward_device or device)
+    scorer = load_reward(cfg.reward, cfg.reward_device or device, trust_remote_code=cfg.trust_remote_code)
     judge = symmetric(scorer, cfg.views)
     memory, difficulty = RewardMemory(cfg.memory), Difficulty(cfg.weight)
     photographs("test", cfg.data, cfg.size)  # a missing photograph ends the run here, not at its final table
@@ -537,10 +557,14 @@ def train(cfg):
         start, rows, chosen_at = info["iteration"], info["rows"], info["chosen_at"]
         reward_hq = torch.tensor(info["reward_hq"], device=device)
         memory.load_state_dict(info["memory"]), difficulty.load_state_dict(info["difficulty"])
+        if info["scorer"]:
+            scorer.load_state_dict(info["scorer"])
     else:
         if world.is_main_process:
             write_json(out / "config.json", asdict(cfg))
             print("   ".join(f"{key} {value}" for key, value in asdict(cfg).items() if value != ""))
+        if hasattr(scorer, "freeze"):
+            measure_scale(scorer, restorer, pool, cfg, world)
         reward_hq = measure_pool(restorer, judge, pool, cfg, world, memory, difficulty)
         rows = [{"iteration": 0, "distance": sum(difficulty.latest.values()) / cfg.pool} | look(average, watchers)]
 
@@ -600,7 +624,8 @@ def train(cfg):
             if world.is_main_process:
                 save_checkpoint(out / "checkpoint.safetensors", modules, optimizer, {}, {
                     "iteration": iteration + 1, "rows": rows, "reward_hq": reward_hq.tolist(), "chosen_at": chosen_at,
-                    "memory": memory.state_dict(), "difficulty": difficulty.state_dict()})
+                    "memory": memory.state_dict(), "difficulty": difficulty.state_dict(),
+                    "scorer": scorer.state_dict() if hasattr(scorer, "freeze") else None})
                 write_rows(out / "metrics.csv", rows)
                 save_curves(out / "curves.png", rows, "iteration", [k for k in rows[-1] if k != "iteration"])
 

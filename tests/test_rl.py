@@ -122,7 +122,7 @@ def test_better_is_a_higher_reward_within_the_budget():
 
 @pytest.mark.parametrize("changes, words", (
     ({"weight": "fixed:3"}, "--weight"), ({"eta": 0.0}, "--eta"), ({"reward": "judge2"}, "--reward"),
-    ({"reward": "pyiqa:piqe"}, "--reward"), ({"reward_mode": "step:0"}, "--reward-mode"), ({"inputs": 999}, "--pool"),
+    ({"reward": "pyiqa:piqe"}, "--reward"), ({"reward": "judge+0.5*judge2"}, "--reward"), ({"reward_mode": "step:0"}, "--reward-mode"), ({"inputs": 999}, "--pool"),
     ({"memory": 2}, "--memory"), ({"keep": 9}, "--keep"), ({"average": 1.0}, "--average"), ({"iterations": 0}, "--iterations"),
     ({"distance": "lpips"}, "--distance"), ({"views": 9}, "--views"),
     ({"train": "head"}, "--train")))
@@ -144,8 +144,8 @@ def run(tmp_path, tiny_restorer, photo_folder, monkeypatch):
 
     def toy(images, refs=None):
         return images.mean((1, 2, 3))
-    monkeypatch.setattr(reward, "load", lambda name, device="cpu": (
-        toy if name in ("toy", "judge", "judge2") else real(name, device)))
+    monkeypatch.setattr(reward, "load", lambda name, device="cpu", **options: (
+        toy if name in ("toy", "judge", "judge2") else real(name, device, **options)))
     monkeypatch.setattr(rl, "report", lambda *args: None)
 
     def train(out, **changes):
@@ -259,6 +259,13 @@ def test_only_the_chosen_part_trains(part, moves, run):
 def test_reference_rewards_train(reward, distance, run):
     log = rows(run("ref", reward=reward, distance=distance, iterations=1))
     assert math.isfinite(log[1]["loss"]) and 0 <= log[1]["weight"] <= 1
+
+
+def test_a_sum_of_rewards_trains_and_resumes_on_its_scale(run):
+    run("sum", reward="ssim+0.5*psnr_y", iterations=2)
+    log = rows(run("sum", reward="ssim+0.5*psnr_y", iterations=3, resume=True))
+    assert len(log) == 4 and all(math.isfinite(row["reward"]) for row in log[1:])
+    assert max(abs(row["reward"]) for row in log[1:]) < 10  # in standard deviations of the terms
 
 
 @pytest.mark.parametrize("updates", (1, 3, 5))
