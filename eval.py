@@ -167,7 +167,7 @@ def held_out(task, data, split, count, size, device):
     from data import get_task, grid_crops, photographs
     from utils import generator
     hq, names = grid_crops(photographs(split, data, size), count, size, generator(0, 3))
-    return get_task(task)(hq, generator(0, 4)).to(device), hq.to(device), names
+    return get_task(task)(hq, generator(0, 4))[0].to(device), hq.to(device), names
 
 
 def compare(restorers, cfg, device):

@@ -415,7 +415,7 @@ def train(cfg):
     fixed = generator(cfg.seed, 21)
     photographs("test", cfg.data, cfg.size)  # a missing photograph ends the run here, not at its final table
     hq = random_crops(photographs("train", cfg.data, cfg.size), cfg.pool, cfg.size, fixed)
-    pool = (degrade(hq, fixed).to(device), hq.to(device))
+    pool = (degrade(hq, fixed)[0].to(device), hq.to(device))
     modules, rows, start = {"net": restorer.net, "average": average, "best": best.net}, [], 0
     watched = held_out(cfg.task, cfg.data, "val", 64, cfg.size, device)[:2]
     watchers = {name: load_reward(name, device) for name in ("judge", "judge2") if name != cfg.reward}

@@ -126,7 +126,7 @@ def train(cfg):
     restorer.net.train()
     for step in (bar := tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="sft")):
         hq = random_crops(photos, cfg.batch, cfg.size, crops).to(device)
-        loss = sft_loss(restorer, degrade(hq, crops), hq, noise).mean()
+        loss = sft_loss(restorer, degrade(hq, crops)[0], hq, noise).mean()
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(step, cfg.steps, cfg.lr)
         optimizer.zero_grad()
@@ -150,7 +150,7 @@ def train(cfg):
     restorer.net.eval()
     restorer.save(out / "model", DTYPES[cfg.store])
     hq = grid_crops(photographs("val", cfg.data, cfg.size), 64, cfg.size, generator(cfg.seed, 3))[0].to(device)
-    lq = degrade(hq, generator(cfg.seed, 4))
+    lq = degrade(hq, generator(cfg.seed, 4))[0]
     scores, restored = evaluate(restorer, lq, hq, {}, restorer.defaults["steps"], restorer.defaults["eta"], [0])
     baseline, _ = evaluate(None, lq, hq, {}, 0, 0, [0])
     save_curves(out / "curves.png", rows, "step", ["loss", "grad_norm", "lr"])
