@@ -178,13 +178,13 @@ def degrade_jpeg(hq, generator=None, quality=None):
 def degrade_derain(hq, generator=None):
     """Bright streaks on top of the image: y = x + b min(1, S) (Yang et al. 2017, arXiv 1609.07769, eq. 1).
 
-    S: single bright pixels with probability 0.001 + 0.007 severity (the density), each smeared to a streak of 8 to 24
-    pixels (4 sigma of a Gaussian), 0.5 to 1 pixels thick (sigma), up to 35 degrees from the vertical, all of them alike
+    S: single bright pixels with probability 0.001 + 0.007 severity (the density), each smeared to a streak of 12 to 28
+    pixels (4 sigma of a Gaussian), 0.4 to 0.8 pixels thick (sigma), up to 35 degrees from the vertical, all alike
     within one image. b = 0.25 + 0.5 severity, the same for the three colors.
     """
     count, _, height, width = hq.shape
     severity = uniform(generator, 0, 1, count)
-    along, across = uniform(generator, 2, 6, count), uniform(generator, 0.5, 1, count)
+    along, across = uniform(generator, 3, 7, count), uniform(generator, 0.4, 0.8, count)
     angle = math.pi / 2 + uniform(generator, -0.61, 0.61, count)
     density, bright = per_image(0.001 + 0.007 * severity, hq), per_image(0.25 + 0.5 * severity, hq)
     drops, each = torch.rand(2, count, 1, height, width, generator=generator).to(hq.device)
