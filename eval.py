@@ -1,54 +1,132 @@
-"""Measures saved restorers on held-out photographs: tables with standard errors, and pictures.
+"""Measures saved restorers on held-out photographs, or on pairs on disk: tables, paired differences, pictures.
 
   judge, judge2   rewards without reference, in [0, 1]; judge2 never serves as a reward, so it shows reward hacking
-  psnr_y, psnr    dB; on Y of ITU-R BT.601 YCbCr ("ycbcr" in MATLAB) and on RGB, no border crop
-  ssim            Wang et al. 2004, Gaussian window 11, sigma 1.5, RGB mean (reward.ssim)
-The standard error is over images (after the mean over sampler seeds): std / sqrt(images).
+  psnr            -10 log10 mean (x - y)^2 in dB, x and y in [0, 1]; ssim: Wang et al. 2004, Gaussian window 11, sigma
+                  1.5 (reward.ssim). On RGB, or on Y of ITU-R BT.601 YCbCr (MATLAB's rgb2ycbcr), without a border
+  diversity       standard deviation over sampler seeds of each pixel, mean over pixels and colors, in levels of 255
+  pyiqa:NAME      any metric of pyiqa, its own sign, an arrow for its better direction
+  mean ± error    over images, after the mean over sampler seeds; error: std / sqrt(images)
+  difference      of two models on the same images and noise: mean and its 95 % interval, t_{0.975, n - 1} std / sqrt(n)
 
 Chosen here:
  1. Each image has noise generators of its own, from (seed, index): a result depends neither on the batch size nor on
     which other images are measured, and two models see the same noise, so that their difference is paired.
  2. A model is sampled with the steps and the eta it was trained with, unless flags say otherwise.
+ 3. Color and border follow the literature of each task (CONVENTIONS) and are printed with every table, because they
+    alone move PSNR by more than 1 dB. The script measures 8-bit images, as papers do; `evaluate`, which the trainings
+    call, takes floats, both color spaces and no border.
+ 4. Whole images go through tiles (sample.restore). The shipped judges learned crops of 64 x 64, so they score a whole
+    image as the mean over its disjoint 64 x 64 tiles.
+ 5. For sr, lq has been enlarged bicubically: the row "lq" is the bicubic baseline, and is called so.
 
     python eval.py weights/sr runs/sr/model                       # laptop: two restorers in one table and picture
     python eval.py runs/table/*                                   # runs of rl.py named NAME-SEED: mean over seeds
-    python eval.py runs/a/model runs/b/model --data DIR --device cuda --count 1000 --seeds 5
+    python eval.py --task denoise25 --hq ~/CBSD68                 # whole images; pairs: --lq DIR --hq DIR --match RULE
+    python eval.py runs/a/model runs/b/model --dataset sots --root ~/SOTS/outdoor --device cuda --seeds 5 --workers 8
 """
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import torch
 
+CONVENTIONS = {"sr": ("y", 4), "derain": ("y", 0)}  # task -> color, border (for sr the scale); others: RGB, whole
+
 
 @torch.no_grad()
-def evaluate(restorer, lq, hq, judges, steps, eta, seeds, batch=32, first=0):
-    """Restores lq once per seed and scores it. restorer None: scores lq itself.
+def score(restorer, lq, hq, metrics, steps, eta, seeds, first=0, tile=0):
+    """Restores a batch once per seed and scores it. restorer None: scores lq itself.
 
-    lq, hq: (N, 3, H, W) in [-1, 1]. judges: name -> reward(images, refs) -> (N,).
-    first: index of lq[0], from which its noise follows.
+    lq, hq: (B, 3, H, W) in [-1, 1], images number `first` and following of their set, which decides their noise.
+    tile: largest side that the network sees at once, 0: any. metrics: name -> metric(images, refs) -> (B,).
+    Returns (scores, samples): scores[name] is (B,), the mean over seeds, and samples (seeds, B, 3, H, W).
+    """
+    from sample import restore
+    from utils import generator
+
+    samples = [lq]
+    if restorer is not None:
+        numbers = range(first, first + len(lq))
+        samples = [restore(restorer, lq, steps, eta, [generator(seed, 5, i) for i in numbers], tile or 2 ** 30)
+                   for seed in seeds]
+    scores = {name: sum(metric(image, hq).float().cpu() / len(samples) for image in samples)
+              for name, metric in metrics.items()}
+    return scores, torch.stack(samples)
+
+
+def evaluate(restorer, lq, hq, judges, steps, eta, seeds, batch=32, first=0):
+    """Scores of crops (N, 3, H, W) in [-1, 1] by judges (name -> reward(images, refs) -> (N,)), psnr_y, psnr and ssim.
+
+    first: number of lq[0] in its set, from which its noise follows.
     Returns (scores, images): scores[name] is (N,), the mean over seeds, and images (N, 3, H, W) of the first seed.
     """
     from reward import psnr, psnr_y, ssim
-    from sample import rollout
-    from utils import generator
-
     metrics = {**judges, "psnr_y": psnr_y, "psnr": psnr, "ssim": ssim}
-    totals, shown = {name: torch.zeros(len(lq)) for name in metrics}, []
-    for seed in seeds:
-        for start in range(0, len(lq), batch):
-            part = slice(start, start + batch)
-            image = lq[part]
-            if restorer is not None:
-                own = [generator(seed, 5, first + start + i) for i in range(len(image))]
-                image = restorer.decode(rollout(restorer, image, steps, eta, own, keep=False).z[-1], image)
-            for name, metric in metrics.items():
-                totals[name][part] += metric(image, hq[part]).float().cpu() / len(seeds)
-            if seed == seeds[0]:
-                shown.append(image)
-    return totals, torch.cat(shown)
+    parts = [score(restorer, lq[i:i + batch], hq[i:i + batch], metrics, steps, eta, seeds, first + i)
+             for i in range(0, len(lq), batch)]
+    return ({name: torch.cat([scores[name] for scores, _ in parts]) for name in metrics},
+            torch.cat([samples[0] for _, samples in parts]))
+
+
+def shaved(images, color, border):
+    """What psnr and ssim look at: 8 bit, without `border` pixels at each side. (B, 3, H, W) in [-1, 1] -> the same
+    range; color "y": Y of YCbCr in all three channels, "rgb": as it is."""
+    from data import round_8bit
+    from reward import luma
+    height, width = images.shape[-2:]
+    x = round_8bit(images)[..., border:height - border, border:width - border]
+    return x if color == "rgb" else (2 * luma(x) - 1).expand(-1, 3, -1, -1)
+
+
+def reference_metrics(color, border):
+    """{"psnr": f, "ssim": f} on Y or RGB without a border; f(images, refs) -> (B,)."""
+    import reward
+    return {name: lambda images, refs, metric=metric: metric(shaved(images, color, border), shaved(refs, color, border))
+            for name, metric in (("psnr", reward.psnr), ("ssim", reward.ssim))}
+
+
+def on_tiles(judge, side=64):
+    """A judge of whole images: the mean of its scores over disjoint tiles of `side`, centred; smaller images as they
+    are. The same contract, judge(images, refs) -> (B,)."""
+    def mean(images, refs=None):
+        count, _, height, width = images.shape
+        rows, columns = height // side, width // side
+        if not rows or not columns:
+            return judge(images, refs)
+        top, left = (height - rows * side) // 2, (width - columns * side) // 2
+        x = images[..., top:top + rows * side, left:left + columns * side]
+        x = x.unflatten(3, (columns, side)).unflatten(2, (rows, side)).permute(0, 2, 4, 1, 3, 5)  # (B, r, c, 3, s, s)
+        return judge(x.flatten(0, 2)).view(count, -1).mean(1)
+    return mean
+
+
+def measure(models, batches, metrics, seeds, tile=256, on_hq=()):
+    """Rows of a table, name -> metric -> (N,).
+
+    models: name -> (restorer, steps, eta, mean row?); restorer None: lq. batches: (lq, hq) of (B, 3, H, W) in [-1, 1].
+    More than one seed adds the diversity, and for models with a mean row the row "NAME, mean of k": the k samples
+    averaged. on_hq: metrics that score the row "hq", without a reference.
+    """
+    rows, first = {}, 0
+
+    def add(name, scores):
+        for key, values in scores.items():
+            rows.setdefault(name, {}).setdefault(key, []).append(values)
+
+    for lq, hq in batches:
+        for name, (restorer, steps, eta, with_mean) in models.items():
+            scores, samples = score(restorer, lq, hq, metrics, steps, eta, seeds, first, tile)
+            if len(samples) > 1:
+                scores["diversity"] = samples.std(0).flatten(1).mean(1).cpu() * 127.5
+            add(name, scores)
+            if with_mean and len(samples) > 1:
+                add(f"{name}, mean of {len(samples)}", score(None, samples.mean(0), hq, metrics, 0, 0, [0])[0])
+        add("hq", {key: metrics[key](hq, hq).float().cpu() for key in on_hq})
+        first += len(lq)
+    return {name: {key: torch.cat(values) for key, values in row.items()} for name, row in rows.items()}
 
 
 def mean_se(values):
@@ -56,9 +134,46 @@ def mean_se(values):
     return values.mean().item(), (values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan)
 
 
+def paired(values, others):
+    """(mean, low, high) of the difference of two (N,) tensors on the same images: the 95 % interval of Student's t."""
+    from scipy.stats import t
+    mean, error = mean_se(values - others)
+    half = t.ppf(0.975, len(values) - 1) * error if len(values) > 1 else math.nan
+    return mean, mean - half, mean + half
+
+
 def gap_closed(model, start, goal):
     """Share of the way from `start` to `goal` that `model` has gone: floats -> float, 1 = all of it."""
     return (model - start) / (goal - start) if goal != start else math.nan
+
+
+def digits(column):
+    """Decimals that a column is printed with."""
+    return 2 if column.startswith(("psnr", "diversity")) else 4
+
+
+def format_differences(rows, names):
+    """Paired differences of names[1:] to names[0] -> Markdown lines, mean [low, high]; no lines for one name."""
+    if len(names) < 2:
+        return ""
+    base, n = rows[names[0]], len(next(iter(rows[names[0]].values())))
+    columns = [key for key in base if all(key in rows[name] for name in names)]
+    lines = [f"| minus {names[0]}, 95 % interval, n = {n} | " + " | ".join(columns) + " |",
+             "|---" * (len(columns) + 1) + "|"]
+    for name in names[1:]:
+        cells = ["{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*paired(rows[name][key], base[key]), d=digits(key))
+                 for key in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def summary(rows, names):
+    """All means with their standard errors, then the paired differences of names[1:] to names[0], as rows of a CSV."""
+    means = [{"model": name, "minus": "", "metric": key, "images": len(values)} | dict(zip(
+        ("mean", "error"), mean_se(values))) for name, row in rows.items() for key, values in row.items()]
+    return means + [{"model": name, "minus": names[0], "metric": key, "images": len(values)} | dict(zip(
+        ("mean", "low", "high"), paired(values, rows[names[0]][key])))
+        for name in names[1:] for key, values in rows[name].items()]
 
 
 def format_table(rows):
@@ -69,8 +184,7 @@ def format_table(rows):
         cells = []
         for column in columns:
             mean, error = mean_se(row[column]) if column in row else (math.nan, math.nan)
-            digits = 2 if column.startswith("psnr") else 4
-            cells.append("-" if not math.isfinite(mean) else f"{mean:.{digits}f} ± {error:.{digits}f}")
+            cells.append("-" if not math.isfinite(mean) else f"{mean:.{digits(column)}f} ± {error:.{digits(column)}f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -97,6 +211,29 @@ def save_grid(path, columns, captions=None):
                 axis.set_xlabel(captions[label][row], fontsize=7)
     with atomic(path) as temporary:
         figure.savefig(temporary)
+
+
+def busiest(a, b, side):
+    """(top, left) of the square of `side` pixels where two images (3, H, W) differ most."""
+    import torch.nn.functional as F
+    change = F.avg_pool2d((a - b).abs().mean(0)[None, None].cpu(), side, stride=1)[0, 0]
+    return divmod(int(change.argmax()), change.shape[1])
+
+
+def with_inset(image, top, left, side, zoom=3):
+    """(3, H, W) with the square at (top, left) framed and repeated `zoom` times larger in the corner away from it."""
+    image = image.detach().clone()
+    height, width = image.shape[1:]
+    line = max(1, min(height, width) // 160)
+    part = image[:, top:top + side, left:left + side].repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+    large = part.shape[1]
+    y = 0 if top + side / 2 > height / 2 else height - large
+    x = 0 if left + side / 2 > width / 2 else width - large
+    for y0, x0, size, inside in ((top, left, side, image[:, top:top + side, left:left + side].clone()),
+                                 (y, x, large, part)):
+        image[:, y0:y0 + size, x0:x0 + size] = torch.tensor([1.0, 0.6, -1.0]).view(3, 1, 1)  # an orange frame
+        image[:, y0 + line:y0 + size - line, x0 + line:x0 + size - line] = inside[:, line:-line, line:-line]
+    return image
 
 
 def save_curves(path, rows, x, keys):
@@ -148,27 +285,48 @@ def aggregate(folders):
 
 @dataclass
 class Config:
-    task: Annotated[str, "degradation, a key of data.TASKS; empty: the first model's"] = ""
+    # what is measured
+    model: Annotated[list, "folders of saved restorers, as the plain arguments; the first is the baseline"] = field(
+        default_factory=list)
+    task: Annotated[str, "degradation, a key of data.TASKS, e.g. sr3 or denoise25; empty: the first model's"] = ""
     data: Annotated[str, "folder of photographs; empty: those inside the packages"] = ""
-    split: Annotated[str, "test (for tables) or val (for tuning)"] = "test"
-    count: Annotated[int, "held-out crops at most"] = 64
-    size: Annotated[int, "side of a crop in pixels"] = 64
+    split: Annotated[str, "of photographs: test (for tables) or val (for tuning)"] = "test"
+    size: Annotated[int, "side of the crops of photographs in pixels; 0: whole photographs"] = 64
+    lq: Annotated[str, "folder of low-quality images, with --hq: pairs instead of a task"] = ""
+    hq: Annotated[str, "folder of ground truth, whole images; without --lq the task degrades them"] = ""
+    match: Annotated[str, "same, prefix, rain, suffix:LQ,HQ or start:LQ,HQ: how names of lq and hq belong"] = "same"
+    dataset: Annotated[str, "a key of data.DATASETS, instead of --lq, --hq and --match"] = ""
+    root: Annotated[str, "folder of --dataset"] = "."
+    count: Annotated[int, "images at most; 0: 64 crops, or all whole images"] = 0
+    # how
     seeds: Annotated[int, "sampler seeds per image: 0, 1, ..."] = 3
     steps: Annotated[int, "DDIM steps; 0: as trained"] = 0
     eta: Annotated[float, "stochasticity of the sampler; -1: as trained"] = -1.0
-    judge: Annotated[str, "quality score shown first"] = "judge"
-    judge2: Annotated[str, "independent quality score, never a reward"] = "judge2"
-    out: Annotated[str, "folder for table.md, scores.csv and comparison.png"] = "runs/eval"
+    baselines: Annotated[bool, "also the first model with eta 0 and 1, and the mean of its samples"] = True
+    judge: Annotated[str, "quality score shown first; none: no such score"] = "judge"
+    judge2: Annotated[str, "independent quality score, never a reward; none: no such score"] = "judge2"
+    metrics: Annotated[list, "further metrics, e.g. pyiqa:lpips pyiqa:niqe"] = field(default_factory=list)
+    color: Annotated[str, "y, rgb, or auto: as the literature of the task; for psnr and ssim"] = "auto"
+    border: Annotated[int, "pixels cut off each side for psnr and ssim; -1: as the literature of the task"] = -1
+    # running
+    tile: Annotated[int, "largest side in pixels that the network sees at once; 192 or more, see the README"] = 256
+    workers: Annotated[int, "processes that decode whole images"] = 0
+    out: Annotated[str, "folder for table.md, table.csv, scores.csv and comparison.png"] = "runs/eval"
     device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
     dtype: Annotated[str, "float32, bfloat16 or float16: the network's arithmetic"] = "float32"
 
 
-def held_out(task, data, split, count, size, device):
-    """The fixed crops of a split: (lq, hq, names), lq and hq (N, 3, size, size). The same for every seed of a run."""
-    from data import get_task, grid_crops, photographs
+def held_out(task, data, split, count, size, device, pairs=None):
+    """The fixed crops of a split: (lq, hq, names), lq and hq (N, 3, size, size). The same for every seed of a run.
+
+    pairs: data.Pairs, of which the crops are taken instead of degrading photographs."""
+    from data import get_task, grid_crops, pair_crops, photographs
     from utils import generator
+    if pairs is not None:
+        lq, hq = pair_crops(pairs, count, size, generator(0, 3))
+        return lq.to(device), hq.to(device), [f"crop {i}" for i in range(count)]
     hq, names = grid_crops(photographs(split, data, size), count, size, generator(0, 3))
-    return get_task(task)(hq, generator(0, 4)).to(device), hq.to(device), names
+    return get_task(task)(hq, generator(0, 4))[0].to(device), hq.to(device), names
 
 
 def compare(restorers, cfg, device):
@@ -179,7 +337,7 @@ def compare(restorers, cfg, device):
     from tqdm import tqdm
 
     from reward import load as load_reward
-    lq, hq, names = held_out(cfg.task, cfg.data, cfg.split, cfg.count, cfg.size, device)
+    lq, hq, names = held_out(cfg.task, cfg.data, cfg.split, cfg.count or 64, cfg.size, device)
     judges = {"judge": load_reward(cfg.judge, device), "judge2": load_reward(cfg.judge2, device)}
     rows, images = {}, {}
     for name, restorer in (bar := tqdm({"lq": None, **restorers}.items(), desc="eval", unit="model")):
@@ -192,40 +350,160 @@ def compare(restorers, cfg, device):
     return rows, images, names
 
 
-def main():
+def images_of(cfg):
+    """What cfg asks for: (names, get, whole). get(i) -> (lq, hq), (1, 3, H, W) each; whole: these are no crops."""
+    from data import DATASETS, Pairs, get_task, load_pairs, photographs, whole_image
+    from utils import UserError
+    if not (cfg.lq or cfg.hq or cfg.dataset or cfg.size == 0):
+        lq, hq, names = held_out(cfg.task, cfg.data, cfg.split, cfg.count or 64, cfg.size, "cpu")
+        return names, lambda i: (lq[i:i + 1], hq[i:i + 1]), False
+    if cfg.lq or cfg.hq or cfg.dataset:
+        source = load_pairs("test" if cfg.dataset else "all", cfg.lq, cfg.hq, cfg.match, cfg.dataset, cfg.root)
+    else:
+        source = photographs(cfg.split, cfg.data)
+    degrade = None if isinstance(source, Pairs) else get_task(DATASETS[cfg.dataset][0] if cfg.dataset else cfg.task)
+    names = source.names[:cfg.count or None]
+    if not names:
+        raise UserError(f"--hq {cfg.hq}: no images there")
+    return names, functools.partial(whole_image, source, degrade), True
+
+
+def batched(get, count, whole, workers, device, size=32):
+    """Batches of get(0), ..., get(count - 1): single images decoded by workers if they are whole, else `size` crops."""
+    from data import stream
+    if whole:
+        for lq, hq in stream(get, range(count), workers):
+            yield lq.to(device), hq.to(device)
+    else:
+        for start in range(0, count, size):
+            parts = [get(i) for i in range(start, min(start + size, count))]
+            yield tuple(torch.cat(x).to(device) for x in zip(*parts))
+
+
+def load_metrics(cfg, color, border, whole, device):
+    """(metrics, names of those without reference), in the order of the columns: judges, psnr, ssim, --metrics."""
+    from reward import JUDGES
+    from reward import load as load_reward
+    metrics, alone = {}, []
+    for label, name in (("judge", cfg.judge), ("judge2", cfg.judge2)):
+        if name not in ("none", ""):
+            judge = load_reward(name, device)
+            metrics[label] = on_tiles(judge) if whole and name in JUDGES else judge
+            alone.append(label)
+    metrics |= reference_metrics(color, border)
+    for name in cfg.metrics:
+        reward = load_reward(name, device)
+        sign = getattr(reward, "sign", 1.0)
+        label = name + (" ↓" if sign < 0 else " ↑")
+        metrics[label] = lambda images, refs, reward=reward, sign=sign: sign * reward(images, refs)
+        if name.startswith("pyiqa:") and reward.metric.metric_mode == "NR":
+            alone.append(label)
+    return metrics, alone
+
+
+def load_models(cfg, folders, device):
+    """name -> restorer for the folders, or the shipped one of --task. Raises UserError if neither is given."""
+    from data import DATASETS, split_task
     from model import load
-    from utils import UserError, parse, pick_device, write_rows
+    from utils import UserError
+    if cfg.dataset in DATASETS and not cfg.task:
+        cfg.task = DATASETS[cfg.dataset][0]
+    if not folders and not cfg.task:
+        raise UserError("no model: give one or more folders of saved restorers, e.g. weights/sr, or --task")
+    if not folders:
+        names = [cfg.task, split_task(cfg.task)[0]]
+        folders = [f"weights/{next((n for n in names if (Path(__file__).parent / 'weights' / n).is_dir()), names[1])}"]
+        return {folders[0]: load(str(Path(__file__).parent / folders[0]), device, cfg.dtype)}
+    return {folder: load(folder, device, cfg.dtype) for folder in folders}
+
+
+def lineup(restorers, cfg, lq_name):
+    """Rows to measure: name -> (restorer, steps, eta, mean row?): lq, each model, and the first one's baselines."""
+    models = {lq_name: (None, 0, 0.0, False)}
+    for index, (name, restorer) in enumerate(restorers.items()):
+        own = restorer.defaults
+        steps, eta = cfg.steps or own["steps"], cfg.eta if cfg.eta >= 0 else own["eta"]
+        models[name] = (restorer, steps, eta, cfg.baselines and index == 0)
+        if cfg.baselines and index == 0:
+            models |= {f"{name}, eta {other:g}": (restorer, steps, other, False)
+                       for other in (0.0, 1.0) if other != eta}
+    return models
+
+
+def save_extremes(path, rows, models, names, get, tile, device):
+    """Picture of the two largest gains and the two largest losses of the last of `names` against the first one, by the
+    first metric; each image restored again with seed 0, with an inset where the two differ most."""
+    first, last = names[0], names[-1]
+    metric = next(iter(rows[first]))
+    gain = rows[last][metric] - rows[first][metric]
+    order = gain.argsort(descending=True).tolist()
+    picks = list(dict.fromkeys(order[:2] + order[-2:]))
+    columns, captions = {name: [] for name in (*models, "hq")}, {}
+    for index in picks:
+        lq, hq = (x.to(device) for x in get(index))
+        shown = {name: score(restorer, lq, hq, {}, steps, eta, [0], index, tile)[1][0, 0].cpu()
+                 for name, (restorer, steps, eta, _) in models.items()} | {"hq": hq[0].cpu()}
+        side = max(8, min(hq.shape[-2:]) // 6)
+        place = busiest(shown[first], shown[last], side)
+        for name, image in shown.items():
+            columns[name].append(with_inset(image, *place, side))
+    for name in columns:
+        if metric in rows.get(name, {}):
+            captions[name] = [f"{metric} {rows[name][metric][i]:.{digits(metric)}f}" for i in picks]
+    captions[last] = [f"{text} ({gain[i]:+.{digits(metric)}f})" for text, i in zip(captions[last], picks)]
+    save_grid(path, columns, captions)
+
+
+def main():
+    from data import split_task
+    from utils import UserError, atomic, parse, pick_device, write_rows
     cfg, folders = parse(Config, description="Compares saved restorers, or sums up runs of rl.py.",
                          positional="folders of saved restorers, or of finished runs of rl.py")
-    device = pick_device(cfg.device)
-    if cfg.seeds < 1 or cfg.count < 1:
-        raise UserError(f"--seeds {cfg.seeds}, --count {cfg.count}: must be at least 1")
-    if not folders:
-        raise UserError("no model: give one or more folders of saved restorers, e.g. weights/sr")
-    if all((Path(folder) / "summary.json").exists() for folder in folders):
+    device, folders = pick_device(cfg.device), list(dict.fromkeys([*folders, *cfg.model]))
+    if cfg.seeds < 1 or cfg.count < 0 or cfg.tile < 8 or cfg.color not in ("auto", "y", "rgb"):
+        raise UserError(f"--seeds {cfg.seeds}, --count {cfg.count}, --tile {cfg.tile}, --color {cfg.color}: at least "
+                        "1, 0 and 8, and one of auto, y, rgb")
+    if folders and all((Path(folder) / "summary.json").exists() for folder in folders):
         print(aggregate(folders))
         return
-    restorers = {folder: load(folder, device, cfg.dtype) for folder in folders}
+    restorers = load_models(cfg, folders, device)
+    folders = list(restorers)
     cfg.task = cfg.task or restorers[folders[0]].defaults["task"]
-    rows, images, names = compare(restorers, cfg, device)
+    base, options = split_task(cfg.task)
+    color, border = CONVENTIONS.get(base, ("rgb", 0))
+    color = color if cfg.color == "auto" else cfg.color
+    border = cfg.border if cfg.border >= 0 else options.get("scale", border)
+    names, get, whole = images_of(cfg)
+    metrics, alone = load_metrics(cfg, color, border, whole, device)
 
-    # tables and picture, the images with the largest judge gap of the first model on top
-    table, out = format_table(rows), Path(cfg.out)
-    print(table)
-    for folder in folders[1:]:
-        closed = gap_closed(rows[folder]["judge"].mean(), rows[folders[0]]["judge"].mean(), rows["hq"]["judge"].mean())
-        change = rows[folder]["psnr_y"] - rows[folders[0]]["psnr_y"]
-        print(f"{folder} against {folders[0]}: judge gap closed {closed:.0%}, "
-              "psnr_y {:+.2f} ± {:.2f} dB (paired)".format(*mean_se(change)))
+    # scores
+    from tqdm import tqdm
+    lq_name = "lq (bicubic)" if base == "sr" else "lq"
+    models = lineup(restorers, cfg, lq_name)
+    batches = tqdm(batched(get, len(names), whole, cfg.workers, device), desc="eval", unit="batch",
+                   total=len(names) if whole else -(-len(names) // 32))
+    rows = measure(models, batches, metrics, range(cfg.seeds), cfg.tile, alone)
+
+    # tables
+    out = Path(cfg.out)
+    said = (f"{cfg.dataset or cfg.hq or cfg.task}: {len(names)} {'whole images' if whole else 'crops'}, "
+            f"{cfg.seeds} sampler seeds; psnr and ssim on {color.upper()}, border {border}, 8 bit; "
+            "mean ± standard error over images")
+    parts = [said, format_table(rows), format_differences(rows, folders)]
+    if "judge" in rows.get("hq", {}):
+        start, goal = rows[folders[0]]["judge"].mean(), rows["hq"]["judge"].mean()
+        parts += [f"{name}: judge gap closed {gap_closed(rows[name]['judge'].mean(), start, goal):.0%}"
+                  for name in folders[1:]]
+    text = "\n\n".join(part for part in parts if part)
+    print(text)
+    with atomic(out / "table.md") as temporary:
+        temporary.write_text(text + "\n")
+    write_rows(out / "table.csv", summary(rows, folders))
     write_rows(out / "scores.csv", [{"model": name, "image": names[i]} | {k: v[i].item() for k, v in row.items()}
                                     for name, row in rows.items() for i in range(len(names))])
-    from utils import atomic
-    with atomic(out / "table.md") as temporary:
-        temporary.write_text(table + "\n")
-    hard = (rows["hq"]["judge"] - rows[folders[0]]["judge"]).argsort(descending=True)[:6]
-    save_grid(out / "comparison.png", {name: images[name][hard] for name in images},
-              {name: [f"judge {v:.2f}" for v in rows[name]["judge"][hard]] for name in images})
-    print(f"wrote {out}/table.md, scores.csv, comparison.png")
+    save_extremes(out / "comparison.png", rows, {name: models[name] for name in (lq_name, *folders)},
+                  folders if len(folders) > 1 else [lq_name, *folders], get, cfg.tile, device)
+    print(f"wrote {out}/table.md, table.csv, scores.csv, comparison.png")
 
 
 if __name__ == "__main__":

@@ -653,7 +653,7 @@ def judge_data(split, count, size, gen, restorer_name, task="sr"):
     restorer = load_restorer(restorer_name, dtype="bfloat16", task=task)
     photos = photographs(split)
     hq = (random_crops(photos, count, size, gen) if split == "train" else grid_crops(photos, count, size, gen)[0])
-    lq, restored = get_task(task)(hq, gen), []
+    lq, restored = get_task(task)(hq, gen)[0], []
     for index, part in enumerate(tqdm(lq.split(32), desc="restore", leave=False)):
         # a third without sampling noise, so that the judge knows more than one look of a restored image
         eta = restorer.defaults["eta"] * (index % 3 > 0) if split == "train" else restorer.defaults["eta"]

@@ -528,7 +528,7 @@ def train(cfg):
     photographs("test", cfg.data, cfg.size)  # a missing photograph ends the run here, not at its final table
     fixed = generator(cfg.seed, 20)
     hq = random_crops(photographs("train", cfg.data, cfg.size), cfg.pool, cfg.size, fixed)
-    pool = (degrade(hq, fixed).to(device), hq.to(device))
+    pool = (degrade(hq, fixed)[0].to(device), hq.to(device))
     modules = {"net": restorer, "average": average,
                "best": SimpleNamespace(state_dict=lambda: best, load_state_dict=best.update)}
     lq, hq = held_out(cfg.task, cfg.data, "val", 64, cfg.size, device)[:2]

@@ -12,9 +12,11 @@ Chosen here:
  2. One-cycle learning rate and an exponential moving average (EMA) of the weights; the average is what is saved.
 
     python sft.py --task sr                                     # laptop: makes runs/sft_sr/model, about 15 minutes
-    python sft.py --task sr --data DIR --device cuda --batch 256 --steps 200000 --size 128
+    python sft.py --task sr --data DIR --device cuda --batch 256 --steps 200000 --size 128 --workers 12
+    python sft.py --dataset gopro --root DIR --device cuda --batch 64 --size 128 --per-pair 8 --workers 12
 """
 
+import functools
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,6 +79,11 @@ class Config:
     task: Annotated[str, "degradation, a key of data.TASKS"] = "sr"
     model: Annotated[str, "folder of a restorer to start from; empty: the small pixel restorer, random weights"] = ""
     data: Annotated[str, "folder of photographs; empty: those inside the packages"] = ""
+    lq: Annotated[str, "folder of low-quality images, with --hq: pairs instead of a task"] = ""
+    hq: Annotated[str, "folder of their ground truth"] = ""
+    match: Annotated[str, "same, prefix, rain, suffix:LQ,HQ or start:LQ,HQ: how names of lq and hq belong"] = "same"
+    dataset: Annotated[str, "a key of data.DATASETS, instead of --lq, --hq and --match"] = ""
+    root: Annotated[str, "folder of --dataset"] = "."
     out: Annotated[str, "folder of the run; empty: runs/sft_TASK"] = ""
     seed: Annotated[int, "seed of weights, crops, noise"] = 0
     # optimization
@@ -87,6 +94,8 @@ class Config:
     ema: Annotated[float, "decay of the weight average per step"] = 0.995
     max_grad_norm: Annotated[float, "gradient norms above this are scaled down"] = 1.0
     # running
+    workers: Annotated[int, "processes that decode and degrade ahead; 0: none"] = 0
+    per_pair: Annotated[int, "crops taken of each decoded pair"] = 1
     resume: Annotated[bool, "go on from the last checkpoint in --out"] = False
     save_every: Annotated[int, "steps between checkpoints"] = 400
     store: Annotated[str, "dtype of the saved weights: float32, or float16 for half the size"] = "float32"
@@ -94,21 +103,39 @@ class Config:
     dtype: Annotated[str, "float32, bfloat16 or float16: the network's arithmetic"] = "bfloat16"
 
 
+def batches(cfg, source, degrade, crops, steps):
+    """Yields (lq, hq) for each of `steps`. In workers, and of pairs (degrade None), batches are numbered, so that they
+    do not depend on the number of workers; else they follow the generator `crops` in this process."""
+    from data import random_crops, stream, training_batch
+    if degrade is None or cfg.workers:
+        make = functools.partial(training_batch, source, degrade, cfg.batch, cfg.size, cfg.seed, cfg.per_pair)
+        yield from stream(make, steps, cfg.workers)
+    else:
+        for _ in steps:
+            hq = random_crops(source, cfg.batch, cfg.size, crops)
+            yield degrade(hq, crops)[0], hq
+
+
 def train(cfg):
     """Runs the SFT stage. Leaves config.json, metrics.csv, curves.png, before_after.png, model/ in cfg.out."""
     from tqdm import tqdm
 
-    from data import get_task, grid_crops, photographs, random_crops
+    from data import DATASETS, Pairs, get_task, grid_crops, load_pairs, pair_crops, photographs
     from eval import evaluate, save_curves, save_grid
     from model import DTYPES, PixelRestorer, load
     from utils import (UserError, generator, load_checkpoint, pick_device, save_checkpoint, write_json, write_rows)
 
     # set-up
+    if cfg.dataset in DATASETS:
+        cfg.task = DATASETS[cfg.dataset][0]
     out, device, degrade = Path(cfg.out or f"runs/sft_{cfg.task}"), pick_device(cfg.device), get_task(cfg.task)
     for name in (cfg.dtype, cfg.store):
         if name not in DTYPES:
             raise UserError(f"--dtype/--store {name}: unknown; choose one of {', '.join(DTYPES)}")
-    photos = photographs("train", cfg.data, cfg.size)
+    on_disk = (cfg.lq, cfg.hq, cfg.match, cfg.dataset, cfg.root)
+    source, watched = ([load_pairs(split, *on_disk) for split in ("train", "val")] if cfg.lq or cfg.hq or cfg.dataset
+                       else [photographs(split, cfg.data, cfg.size) for split in ("train", "val")])
+    degrade = None if isinstance(source, Pairs) else degrade
     restorer = (load(cfg.model, device, cfg.dtype) if cfg.model
                 else PixelRestorer.create(seed=cfg.seed).to(device, DTYPES[cfg.dtype]))
     if cfg.size % restorer.multiple:
@@ -130,9 +157,10 @@ def train(cfg):
 
     # training
     restorer.net.train()
-    for step in (bar := tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="sft")):
-        hq = random_crops(photos, cfg.batch, cfg.size, crops).to(device)
-        loss = sft_loss(restorer, degrade(hq, crops), hq, noise).mean()
+    steps = range(start, cfg.steps)
+    bar = tqdm(steps, initial=start, total=cfg.steps, desc="sft")
+    for step, (lq, hq) in zip(bar, batches(cfg, source, degrade, crops, steps)):
+        loss = sft_loss(restorer, lq.to(device), hq.to(device), noise).mean()
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(step, cfg.steps, cfg.lr)
         optimizer.zero_grad()
@@ -155,8 +183,12 @@ def train(cfg):
     restorer.net.load_state_dict(average.module.state_dict())
     restorer.net.eval()
     restorer.save(out / "model", DTYPES[cfg.store])
-    hq = grid_crops(photographs("val", cfg.data, cfg.size), 64, cfg.size, generator(cfg.seed, 3))[0].to(device)
-    lq = degrade(hq, generator(cfg.seed, 4))
+    if degrade is None:
+        lq, hq = pair_crops(watched, 64, cfg.size, generator(cfg.seed, 3), workers=cfg.workers)
+    else:
+        hq = grid_crops(watched, 64, cfg.size, generator(cfg.seed, 3))[0]
+        lq = degrade(hq, generator(cfg.seed, 4))[0]
+    lq, hq = lq.to(device), hq.to(device)
     scores, restored = evaluate(restorer, lq, hq, {}, restorer.defaults["steps"], restorer.defaults["eta"], [0])
     baseline, _ = evaluate(None, lq, hq, {}, 0, 0, [0])
     save_curves(out / "curves.png", rows, "step", ["loss", "grad_norm", "lr"])

@@ -41,28 +41,37 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
-def read_image(path):
-    """An image file as (3, H, W) float in [-1, 1]. Grey, palette, 16-bit, alpha (over white), EXIF rotation.
-
-    Raises UserError that names the file if it cannot be decoded.
-    """
+def read_pixels(path):
+    """An image file as an array (H, W, 3): uint8, or float32 in [0, 1] for 16-bit and float files. Grey, palette, alpha
+    (over white) and EXIF rotation are resolved. Raises UserError that names the file if it cannot be decoded."""
     import numpy as np
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
+        with Image.open(path) as image:
+            ImageOps.exif_transpose(image, in_place=True)  # without the copy that it returns otherwise
             if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # PIL would clip to 255, not scale
                 full = 1.0 if image.mode == "F" else 65535.0  # float files hold [0, 1], integer ones 16 bits
                 grey = np.asarray(image, dtype=np.float32) / full
-                return torch.from_numpy(np.repeat(grey[None], 3, axis=0)).clamp(0, 1) * 2 - 1
+                return np.repeat(grey[..., None], 3, axis=2).clip(0, 1)
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            pixels = np.array(image.convert("RGB"))
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable image ({error}); remove or convert it") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def read_image(path):
+    """An image file as (3, H, W) float in [-1, 1]. Raises UserError that names the file if it cannot be decoded."""
+    pixels = torch.from_numpy(read_pixels(path)).permute(2, 0, 1)
+    return pixels.float() / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels * 2 - 1
+
+
+def read_uint8(path):
+    """An image file as uint8 (3, H, W): to_uint8(read_image(path)), without floats where the file has 8 bits."""
+    pixels = torch.from_numpy(read_pixels(path)).permute(2, 0, 1).contiguous()
+    return pixels if pixels.dtype == torch.uint8 else to_uint8(pixels * 2 - 1)
 
 
 def to_uint8(images):

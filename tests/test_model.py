@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import model
-from data import degrade_sr
+from data import TASKS
 from rl import combined_loss, policy_loss
 from sample import repeat_step, rollout
 from sft import sft_loss
@@ -38,7 +38,7 @@ def restorer(request):
 @pytest.fixture
 def pair():
     hq = torch.rand(2, 3, 32, 32, generator=generator(0)) * 2 - 1
-    return degrade_sr(hq), hq
+    return TASKS["sr"](hq, generator(1))[0], hq
 
 
 def test_the_table_of_families_is_tested():

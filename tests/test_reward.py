@@ -30,7 +30,7 @@ QWEN35 = dict(  # the architecture of Q-ReAlign, hybrid attention and all, with 
 @pytest.fixture(scope="module")
 def pairs():
     hq = grid_crops(photographs("val"), 6, 64, generator(0))[0]
-    return degrade_sr(hq), hq
+    return degrade_sr(hq)[0], hq
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +347,7 @@ def test_whitened_patches_have_unit_variance(pairs):
 
 def test_ladder_falls_with_severity(gen):
     hq = grid_crops(photographs("val"), 24, 64, generator(0))[0]
-    lq = degrade_sr(hq)
+    lq = degrade_sr(hq)[0]
     images, quality = ladder(hq, (hq + lq) / 2, lq, gen)
     assert images.shape == hq.shape and images.abs().max() <= 1 and 0.1 <= quality.min() and quality.max() <= 1
     error = (images - hq).flatten(1).std(1)

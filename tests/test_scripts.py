@@ -23,7 +23,7 @@ def stray(text):
 @pytest.fixture(scope="module")
 def small_photo(tmp_path_factory):
     path = tmp_path_factory.mktemp("in") / "photo.png"
-    write_image(path, degrade_sr(grid_crops(photographs("val"), 1, 64, generator(0))[0])[0])
+    write_image(path, degrade_sr(grid_crops(photographs("val"), 1, 64, generator(0))[0])[0][0])
     return path
 
 

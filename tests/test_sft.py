@@ -5,6 +5,7 @@ import torch
 
 from sample import predict_x0
 from sft import Config, add_noise, diffusion_loss, one_cycle, sft_loss, train
+from utils import UserError
 
 
 @pytest.mark.parametrize("kind", ("epsilon", "sample", "v_prediction"))
@@ -80,3 +81,27 @@ def test_resumed_training_equals_unstopped(tmp_path, tiny_restorer, photo_folder
     run("stopped", 6, resume=True)
     assert (tmp_path / "stopped/model/unet/diffusion_pytorch_model.safetensors").read_bytes() == whole
     assert (tmp_path / "whole/before_after.png").stat().st_size > 1000
+
+
+def test_training_on_pairs_does_not_depend_on_workers(tmp_path, tiny_restorer, photo_folder):
+    from data import degrade_sr, list_images
+    from utils import read_image, write_image
+    for path in list_images(photo_folder):
+        write_image(tmp_path / "lq" / path.name, degrade_sr(read_image(path)[None])[0][0])
+    tiny_restorer().save(tmp_path / "start")
+    weights = []
+    for workers in (0, 2):
+        out = tmp_path / f"out{workers}"
+        train(Config(model=str(tmp_path / "start"), lq=str(tmp_path / "lq"), hq=str(photo_folder), out=str(out), steps=3,
+                     batch=2, size=32, device="cpu", workers=workers, per_pair=2))
+        weights.append((out / "model/unet/diffusion_pytorch_model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_photographs_through_workers_make_a_model_and_a_bad_folder_is_named(tmp_path, tiny_restorer, photo_folder):
+    tiny_restorer().save(tmp_path / "start")
+    train(Config(task="mixed", model=str(tmp_path / "start"), data=str(photo_folder), out=str(tmp_path / "a"), steps=2,
+                 batch=2, size=32, device="cpu", workers=1))
+    assert '"task": "mixed"' in (tmp_path / "a/model/restorer.json").read_text()
+    with pytest.raises(UserError, match="--hq"):
+        train(Config(lq=str(photo_folder), out=str(tmp_path / "b"), device="cpu"))
