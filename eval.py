@@ -329,16 +329,17 @@ def held_out(task, data, split, count, size, device, pairs=None):
     return get_task(task)(hq, generator(0, 4))[0].to(device), hq.to(device), names
 
 
-def compare(restorers, cfg, device):
-    """Scores lq, hq and each restorer (name -> restorer) on the held-out crops.
+def compare(restorers, cfg, device, pairs=None, judges=None):
+    """Scores lq, hq and each restorer (name -> restorer) on the held-out crops, of `pairs` if given (data.Pairs).
 
+    judges: {"judge", "judge2"}, loaded if not given.
     Returns (rows, images, names): rows[name][metric] (N,), images[name] (N, 3, H, W), names of the crops.
     """
     from tqdm import tqdm
 
     from reward import load as load_reward
-    lq, hq, names = held_out(cfg.task, cfg.data, cfg.split, cfg.count or 64, cfg.size, device)
-    judges = {"judge": load_reward(cfg.judge, device), "judge2": load_reward(cfg.judge2, device)}
+    lq, hq, names = held_out(cfg.task, cfg.data, cfg.split, cfg.count or 64, cfg.size, device, pairs)
+    judges = judges or {"judge": load_reward(cfg.judge, device), "judge2": load_reward(cfg.judge2, device)}
     rows, images = {}, {}
     for name, restorer in (bar := tqdm({"lq": None, **restorers}.items(), desc="eval", unit="model")):
         bar.set_postfix_str(name)
@@ -403,17 +404,15 @@ def load_metrics(cfg, color, border, whole, device):
 
 def load_models(cfg, folders, device):
     """name -> restorer for the folders, or the shipped one of --task. Raises UserError if neither is given."""
-    from data import DATASETS, split_task
-    from model import load
+    from data import DATASETS
+    from model import load, shipped
     from utils import UserError
     if cfg.dataset in DATASETS and not cfg.task:
         cfg.task = DATASETS[cfg.dataset][0]
     if not folders and not cfg.task:
         raise UserError("no model: give one or more folders of saved restorers, e.g. weights/sr, or --task")
     if not folders:
-        names = [cfg.task, split_task(cfg.task)[0]]
-        folders = [f"weights/{next((n for n in names if (Path(__file__).parent / 'weights' / n).is_dir()), names[1])}"]
-        return {folders[0]: load(str(Path(__file__).parent / folders[0]), device, cfg.dtype)}
+        return {f"weights/{Path(shipped(cfg.task)).name}": load("", device, cfg.dtype, cfg.task)}
     return {folder: load(folder, device, cfg.dtype) for folder in folders}
 
 

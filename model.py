@@ -451,10 +451,21 @@ def read_index(source, name, revision):
         return {}
 
 
+def shipped(task):
+    """The folder in weights/ of a task (sr3), of its kind (sr), or of the restorer for all of them (mixed)."""
+    from data import split_task
+    from utils import UserError
+    for name in (task, split_task(task)[0], "mixed"):
+        if (Path(__file__).parent / "weights" / name / "restorer.json").is_file():
+            return str(Path(__file__).parent / "weights" / name)
+    raise UserError(f"--task {task}: no restorer in weights/; make one with: python sft.py --task {task}, and name its "
+                    "folder by --model")
+
+
 def load(name, device="cpu", dtype="float32", task="sr", revision=None, controlnet=None, **settings):
     """A restorer, in evaluation mode (no dropout), ready to sample and to train.
 
-    name: "" for the shipped one of `task`; a key of FAMILIES (random weights for pixel and dit, else the checkpoint in
+    name: "" for the one in weights/ that serves `task`; a key of FAMILIES (random weights for pixel and dit, else the checkpoint in
     HUB); a hub id; or a folder that sft.py, rl.py or diffusers has saved. controlnet: hub id or folder of a trained
     ControlNet; without one, and none in the folder, it starts as a copy of the UNet. settings: of the family.
     Raises UserError that says what is wrong and what to do.
@@ -463,9 +474,7 @@ def load(name, device="cpu", dtype="float32", task="sr", revision=None, controln
     quiet()
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: unknown; choose one of {', '.join(DTYPES)}")
-    source = HUB.get(name, name) or str(Path(__file__).parent / "weights" / task)
-    if not name and not Path(source).is_dir():
-        raise UserError(f"--task {task}: no restorer in {source}; make one with: python sft.py --task {task}")
+    source = HUB.get(name, name) or shipped(task)
     try:
         if name in ("pixel", "dit"):
             restorer = FAMILIES[name].create()

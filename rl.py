@@ -172,6 +172,11 @@ class Config:
     revision: Annotated[str, "branch, tag or commit of a hub id"] = ""
     reward: Annotated[str, "a name or sum of names of reward.py"] = "judge"
     data: Annotated[str, "folder of photographs; empty: those inside the packages"] = ""
+    lq: Annotated[str, "folder of low-quality images, with --hq: pairs instead of a task"] = ""
+    hq: Annotated[str, "folder of their ground truth"] = ""
+    match: Annotated[str, "same, prefix, rain, suffix:LQ,HQ or start:LQ,HQ: how names of lq and hq belong"] = "same"
+    dataset: Annotated[str, "a key of data.DATASETS, instead of --lq, --hq and --match"] = ""
+    root: Annotated[str, "folder of --dataset"] = "."
     out: Annotated[str, "folder of the run; empty: runs/TASK"] = ""
     seed: Annotated[int, "seed of inputs, sampler and losses"] = 0
     # rollout
@@ -490,7 +495,7 @@ def train(cfg):
     from accelerate import PartialState
     from tqdm import tqdm
 
-    from data import get_task, photographs, random_crops
+    from data import DATASETS, Pairs, get_task, load_pairs, pair_crops, photographs, random_crops
     from difficulty import Difficulty, RewardMemory
     from eval import evaluate, held_out, save_curves
     from model import load
@@ -505,7 +510,13 @@ def train(cfg):
     for name in ("inputs", "pool"):
         if getattr(cfg, name) % world.num_processes:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be a multiple of the {world.num_processes} processes")
+    if cfg.dataset in DATASETS:
+        cfg.task = DATASETS[cfg.dataset][0]
     out, degrade = Path(cfg.out or f"runs/{cfg.task}"), get_task(cfg.task)
+    # all three splits are opened here: a missing photograph ends the run now, not at its final table
+    sources = {split: load_pairs(split, cfg.lq, cfg.hq, cfg.match, cfg.dataset, cfg.root, quiet=split != "train")
+               if cfg.lq or cfg.hq or cfg.dataset else photographs(split, cfg.data, cfg.size)
+               for split in ("train", "val", "test")}
     restorer = load(cfg.model, device, cfg.dtype, cfg.task, cfg.revision or None)
     cfg.keep = cfg.keep or cfg.samples_per_input
     cfg.steps, cfg.eta = cfg.steps or restorer.defaults["steps"], cfg.eta if cfg.eta > 0 else restorer.defaults["eta"]
@@ -525,13 +536,17 @@ def train(cfg):
     scorer = load_reward(cfg.reward, cfg.reward_device or device, trust_remote_code=cfg.trust_remote_code)
     judge = symmetric(scorer, cfg.views)
     memory, difficulty = RewardMemory(cfg.memory), Difficulty(cfg.weight)
-    photographs("test", cfg.data, cfg.size)  # a missing photograph ends the run here, not at its final table
     fixed = generator(cfg.seed, 20)
-    hq = random_crops(photographs("train", cfg.data, cfg.size), cfg.pool, cfg.size, fixed)
-    pool = (degrade(hq, fixed)[0].to(device), hq.to(device))
+    if isinstance(sources["train"], Pairs):
+        lq, hq = pair_crops(sources["train"], cfg.pool, cfg.size, fixed)
+    else:
+        hq = random_crops(sources["train"], cfg.pool, cfg.size, fixed)
+        lq = degrade(hq, fixed)[0]
+    pool = (lq.to(device), hq.to(device))
     modules = {"net": restorer, "average": average,
                "best": SimpleNamespace(state_dict=lambda: best, load_state_dict=best.update)}
-    lq, hq = held_out(cfg.task, cfg.data, "val", 64, cfg.size, device)[:2]
+    pairs = {split: source if isinstance(source, Pairs) else None for split, source in sources.items()}
+    lq, hq = held_out(cfg.task, cfg.data, "val", 64, cfg.size, device, pairs["val"])[:2]
     watched = own_share(torch.arange(len(lq) // world.num_processes * world.num_processes), world)
     watchers = {name: load_reward(name, device) for name in ("judge", "judge2") if name != cfg.reward}
     watchers["reward"] = scorer  # loaded once when it is the judge itself
@@ -634,15 +649,16 @@ def train(cfg):
     average.load_state_dict(best)
     average.save(out / "model")
     print(f"kept the weights of iteration {chosen_at}, the best on validation photographs")
-    return report(cfg, reference, average, out, device)
+    return report(cfg, reference, average, out, device, pairs["test"], {
+        name: watchers.get(name, scorer) for name in ("judge", "judge2")})
 
 
-def report(cfg, reference, restorer, out, device):
+def report(cfg, reference, restorer, out, device, pairs, judges):
     """Table, picture and summary.json: the SFT restorer against the new one on held-out test images."""
     import eval
     from utils import write_json
     settings = eval.Config(task=cfg.task, data=cfg.data, size=cfg.size, out=str(out))
-    rows, images, _ = eval.compare({"sft": reference, "rl": restorer}, settings, device)
+    rows, images, _ = eval.compare({"sft": reference, "rl": restorer}, settings, device, pairs, judges)
     print(eval.format_table(rows))
     means = {name: {key: eval.mean_se(row[key])[0] if key in row else None
                     for key in ("judge", "judge2", "psnr_y", "ssim")} for name, row in rows.items()}

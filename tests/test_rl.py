@@ -261,6 +261,17 @@ def test_reference_rewards_train(reward, distance, run):
     assert math.isfinite(log[1]["loss"]) and 0 <= log[1]["weight"] <= 1
 
 
+def test_pairs_on_disk_train(run, photo_folder, tmp_path):
+    from data import resize
+    from utils import read_image, write_image
+    for file in photo_folder.iterdir():
+        write_image(tmp_path / "lq" / file.name, resize(read_image(file)[None], (48, 48))[0])
+    log = rows(run("pairs", lq=str(tmp_path / "lq"), hq=str(photo_folder), iterations=1))
+    assert math.isfinite(log[1]["loss"]) and log[0]["val_psnr_y"] > 0
+    with pytest.raises(UserError, match="--hq"):
+        run("half", lq=str(tmp_path / "lq"))
+
+
 def test_a_sum_of_rewards_trains_and_resumes_on_its_scale(run):
     run("sum", reward="ssim+0.5*psnr_y", iterations=2)
     log = rows(run("sum", reward="ssim+0.5*psnr_y", iterations=3, resume=True))
