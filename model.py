@@ -465,8 +465,8 @@ def shipped(task):
 def load(name, device="cpu", dtype="float32", task="sr", revision=None, controlnet=None, **settings):
     """A restorer, in evaluation mode (no dropout), ready to sample and to train.
 
-    name: "" for the one in weights/ that serves `task`; a key of FAMILIES (random weights for pixel and dit, else the checkpoint in
-    HUB); a hub id; or a folder that sft.py, rl.py or diffusers has saved. controlnet: hub id or folder of a trained
+    name: "" for the one in weights/ that serves `task`; a key of FAMILIES (pixel, dit: random weights; others: the
+    checkpoint in HUB); a hub id; or a folder that sft.py, rl.py or diffusers has saved. controlnet: hub id or folder of a trained
     ControlNet; without one, and none in the folder, it starts as a copy of the UNet. settings: of the family.
     Raises UserError that says what is wrong and what to do.
     """
