@@ -18,20 +18,18 @@ Chosen here:
  2. A micro-batch is one step k of the same samples that were sampled together: the same arithmetic gives the same
     log p, so rho is exactly 1 before the first optimizer step of an iteration, in any dtype.
  3. Only steps with sigma_t > 0 enter; `updates` optimizer steps share one rollout, each with its own part of the steps.
- 4. Of the restorations of an input, the update uses the --keep best and worst: a policy gradient is proportional to the
-    advantage, and the backward passes are what costs (max-variance down-sampling, Xu et al. 2025, arXiv 2504.13818).
- 5. The reward is capped at the ground truth's own score: to be judged better than a real photograph is no merit. It
+ 4. The reward is capped at the ground truth's own score: to be judged better than a real photograph is no merit. It
     is the mean over --views symmetric views, because most of what one view says among restorations of one input is
     noise (reward.symmetric).
- 6. Fidelity is a constraint, not a reward, and each step is a constrained one (ConstrainedAdamW): the loss decides
+ 5. Fidelity is a constraint, not a reward, and each step is a constrained one (ConstrainedAdamW): the loss decides
     until the drop reaches --fidelity-budget, then the step slides along that limit. The gradient of the drop goes
     through the sampling chain, which is differentiable where a judge is not in practice, on training inputs; how far
     the limit is, is measured on validation photographs, because the training crops lose more.
- 7. --train modulation trains normalizations, biases and time embeddings, a ninth of the weights: they can sharpen and
+ 6. --train modulation trains normalizations, biases and time embeddings, a ninth of the weights: they can sharpen and
     calm every feature at every noise level, and collect less noise of the gradient than all weights do.
- 8. What is kept is a running average of the weights over the optimizer steps, and of these averages the one with the
+ 7. What is kept is a running average of the weights over the optimizer steps, and of these averages the one with the
     best reward on validation photographs within the budget there.
- 9. Every random number belongs to (seed, iteration, sample), so that neither the micro-batch, nor the number of
+ 8. Every random number belongs to (seed, iteration, sample), so that neither the micro-batch, nor the number of
     processes, nor a resumed run changes it. Processes share out the inputs; rewards, memory and difficulty are
     gathered, gradients are summed once per optimizer step.
 
@@ -145,14 +143,6 @@ class ConstrainedAdamW(torch.optim.Optimizer):
         self.constraint = None
 
 
-def extremes(advantage, repeats, keep):
-    """Places in a batch of the `keep` samples of each input with the highest and the lowest advantage, half of them
-    each; advantage (B,) with the samples of an input in a row -> (B / repeats * keep,), inputs in their order."""
-    order = advantage.view(-1, repeats).argsort(1)
-    chosen = torch.cat([order[:, :keep // 2], order[:, repeats - (keep - keep // 2):]], dim=1)
-    return (chosen + torch.arange(0, len(advantage), repeats, device=order.device)[:, None]).flatten()
-
-
 def better(row, best, sft, budget):
     """Whether the averaged weights of `row` replace those of `best`: rows of validation scores, `sft` the SFT model's.
 
@@ -182,8 +172,7 @@ class Config:
     # rollout
     iterations: Annotated[int, "rounds of rollout and update"] = 50
     inputs: Annotated[int, "lq images per iteration"] = 16
-    samples_per_input: Annotated[int, "restorations of each"] = 8
-    keep: Annotated[int, "of these, how many the update uses, those of highest and lowest reward; 0: all"] = 4
+    samples_per_input: Annotated[int, "restorations of each"] = 4
     pool: Annotated[int, "training inputs that recur; the memory keeps a history of each"] = 256
     size: Annotated[int, "side of a training crop in pixels"] = 64
     steps: Annotated[int, "DDIM steps; 0: as the SFT restorer was trained"] = 0
@@ -230,8 +219,6 @@ def check(cfg):
     if cfg.train_steps < 0 or not 0 <= cfg.average < 1:
         raise UserError(f"--train-steps {cfg.train_steps}, --average {cfg.average}: must be at least 0, the average "
                         "below 1")
-    if not 0 <= cfg.keep <= cfg.samples_per_input:
-        raise UserError(f"--keep {cfg.keep}: must be from 0 to --samples-per-input {cfg.samples_per_input}")
     if cfg.inputs > cfg.pool:
         raise UserError(f"--inputs {cfg.inputs}: more than --pool {cfg.pool}; enlarge the pool")
     if cfg.eta <= 0 and cfg.eta != -1:
@@ -301,24 +288,6 @@ def collect(restorer, judge, lq, hq, cfg, noise):
             "hq": hq, "seconds_rollout": rolled - start, "seconds_reward": time.perf_counter() - rolled}
 
 
-def kept(batches, repeats, keep, size):
-    """The samples that the update uses (see extremes) of all batches, in new batches of at most `size` samples."""
-    places = [extremes(batch["advantage"][-1], repeats, keep) for batch in batches]
-    paths = [batch["trajectory"] for batch in batches]
-    merged = {key: torch.cat([b[key][i] for b, i in zip(batches, places)]) for key in ("lq", "hq", "weight")}
-    for key, dim, parts in (("advantage", 1, [b["advantage"] for b in batches]), ("z", 1, [p.z for p in paths]),
-                            ("log_prob", 1, [p.log_prob for p in paths]),
-                            ("condition", 0, [p.condition for p in paths])):
-        merged[key] = torch.cat([x.index_select(dim, i) for x, i in zip(parts, places)], dim)
-    result = []
-    for rows in torch.arange(len(merged["lq"])).split(max(keep, size // keep * keep)):
-        path = paths[0]._replace(x0=None, **{key: merged[key][:, rows] for key in ("z", "log_prob")},
-                                 condition=merged["condition"][rows])
-        result.append({"trajectory": path, "advantage": merged["advantage"][:, rows],
-                       **{key: merged[key][rows] for key in ("lq", "hq", "weight")}})
-    return result
-
-
 def distances(batch, reward_hq, kind):
     """Distance of each sample of `collect` to its ground truth, (B,); reward_hq (B,) is used by iqa_gap."""
     from difficulty import iqa_gap, mse, ssim_distance
@@ -349,7 +318,7 @@ def step_loss(restorer, reference, batch, k, share, cfg, noise):
     """
     from sample import repeat_step
     from sft import sft_loss
-    path, lq, hq, repeats = batch["trajectory"], batch["lq"], batch["hq"], cfg.keep
+    path, lq, hq, repeats = batch["trajectory"], batch["lq"], batch["hq"], cfg.samples_per_input
     step = repeat_step(restorer, path, k, cfg.eta)
     rl, info = policy_loss(step.log_prob, path.log_prob[k], batch["advantage"][k], cfg.clip_range)
     sft = kl = torch.zeros_like(rl)
@@ -402,7 +371,7 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
     """
     usable = batches[0]["trajectory"].stochastic.nonzero().flatten().cpu()
     drawn = usable[torch.randperm(len(usable), generator=noise(0))][:cfg.train_steps or None]
-    parts, repeats, logs = drawn.tensor_split(min(cfg.updates, len(drawn))), cfg.keep, []
+    parts, repeats, logs = drawn.tensor_split(min(cfg.updates, len(drawn))), cfg.samples_per_input, []
     lq, hq = (torch.cat([batch[key] for batch in batches])[::repeats] for key in ("lq", "hq"))
     for index, part in enumerate(parts):
         optimizer.zero_grad()
@@ -519,7 +488,6 @@ def train(cfg):
                if cfg.lq or cfg.hq or cfg.dataset else photographs(split, cfg.data, cfg.size)
                for split in ("train", "val", "test")}
     restorer = load(cfg.model, device, cfg.dtype, cfg.task, cfg.revision or None)
-    cfg.keep = cfg.keep or cfg.samples_per_input
     cfg.steps, cfg.eta = cfg.steps or restorer.defaults["steps"], cfg.eta if cfg.eta > 0 else restorer.defaults["eta"]
     times = restorer.scheduler.config.num_train_timesteps
     if cfg.steps < 2 or times % cfg.steps or cfg.eta <= 0:
@@ -617,10 +585,9 @@ def train(cfg):
         optimizer.param_groups[0]["lr"] = learning_rate(iteration, cfg.iterations, cfg.lr)
         began = time.perf_counter()
         drop = fidelity_sft - fidelity_on_validation(restorer) if cfg.fidelity_budget >= 0 else None
-        # aims a little inside the budget: the drop scatters about its limit, and only averages within are kept
-        excess = None if drop is None else drop - 0.9 * cfg.fidelity_budget
-        used = kept(batches, repeats, cfg.keep, cfg.micro_batch)
-        losses = update(restorer, reference, average, optimizer, used, cfg.inputs * cfg.keep, excess, cfg, noise)
+        # aims inside the budget: the drop scatters about its limit, and only averages within the budget are kept
+        excess = None if drop is None else drop - 0.75 * cfg.fidelity_budget
+        losses = update(restorer, reference, average, optimizer, batches, len(ids), excess, cfg, noise)
 
         # log, and keep the best average so far
         reward = rewards[max(rewards)]
