@@ -329,7 +329,7 @@ def held_out(task, data, split, count, size, device, pairs=None):
     return get_task(task)(hq, generator(0, 4))[0].to(device), hq.to(device), names
 
 
-def compare(restorers, cfg, device, pairs=None, judges=None):
+def compare(restorers, cfg, device, pairs=None, judges=None, batch=32):
     """Scores lq, hq and each restorer (name -> restorer) on the held-out crops, of `pairs` if given (data.Pairs).
 
     judges: {"judge", "judge2"}, loaded if not given.
@@ -345,7 +345,8 @@ def compare(restorers, cfg, device, pairs=None, judges=None):
         bar.set_postfix_str(name)
         settings = restorer.defaults if restorer else {"steps": 0, "eta": 0.0}
         steps, eta = cfg.steps or settings["steps"], cfg.eta if cfg.eta >= 0 else settings["eta"]
-        rows[name], images[name] = evaluate(restorer, lq, hq, judges, steps, eta, range(cfg.seeds if restorer else 1))
+        rows[name], images[name] = evaluate(restorer, lq, hq, judges, steps, eta,
+                                              range(cfg.seeds if restorer else 1), batch)
     rows["hq"] = {name: judge(hq, hq).float().cpu() for name, judge in judges.items()}
     images["hq"] = hq
     return rows, images, names

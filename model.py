@@ -113,8 +113,9 @@ class Restorer:
         self.net.to(device)
         for name, module in self.frozen.items():
             if isinstance(module, torch.nn.Module) and name != "text_encoder":  # that one has done its work
-                # Stable Diffusion's VAE overflows in float16
-                torch.nn.Module.to(module, device, torch.float32 if "vae" in name and dtype == torch.float16 else dtype)
+                # Stable Diffusion's VAE overflows in float16; the codes of a VQ model are looked up in float32
+                exact = "VQ" in type(module).__name__ or (name == "vae" and dtype == torch.float16)
+                torch.nn.Module.to(module, device, torch.float32 if exact else dtype)
         self.dtype = dtype
         return self
 
@@ -124,8 +125,8 @@ class Restorer:
 
     def checkpoint_gradients(self):
         """Trades time for memory: activations inside the networks are computed again in the backward pass."""
-        for module in (self.net, self.frozen.get("unet")):
-            if module is not None:
+        for module in (self.net, *self.frozen.values()):  # the VAE too: the fidelity's gradient goes through it
+            if getattr(module, "_supports_gradient_checkpointing", False):
                 module.enable_gradient_checkpointing()
 
     # ---- the interface ----
@@ -195,7 +196,14 @@ def load_scheduler(source, options):
     """The DDIM scheduler of a checkpoint: betas, offset, prediction type, spacing, last step are the checkpoint's own,
     whatever sampler it names (Stable Diffusion 1.5 names PNDM)."""
     from diffusers import DDIMScheduler
-    return DDIMScheduler.from_pretrained(source, subfolder="scheduler", **options)
+
+    from sample import clip_of
+    config = DDIMScheduler.load_config(source, subfolder="scheduler", **options)
+    if config.get("_class_name") not in ("DDIMScheduler", "DDPMScheduler"):
+        config.setdefault("clip_sample", False)  # other samplers never clip, DDIM's default is to
+    scheduler = DDIMScheduler.from_config(config)
+    clip_of(scheduler)  # raises ValueError for a kind of clipping that no policy can have
+    return scheduler
 
 
 class PixelRestorer(Restorer):
@@ -240,8 +248,8 @@ class LatentRestorer(Restorer):
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.scaling = vae.config.scaling_factor if self.scaled else 1.0
         net = self.net.config
-        depth = len(net.block_out_channels) - 1 if hasattr(net, "block_out_channels") else int(net.patch_size == 2)
-        self.multiple = self.factor * 2 ** depth
+        self.multiple = self.factor * (2 ** (len(net.block_out_channels) - 1) if hasattr(net, "block_out_channels")
+                                       else net.patch_size)
         if "text_encoder" in self.frozen:
             self.embed_prompt()
 
@@ -395,7 +403,7 @@ class DiTRestorer(LatentRestorer):
         return self.encode(lq)
 
     def forward(self, z_t, t, c):
-        label = torch.zeros_like(t)  # one class, and no dropout of it, because net stays in eval mode
+        label = torch.zeros_like(t)  # one class, and no dropout of it, because net is never in training mode
         return self.net(torch.cat([z_t, c], dim=1), t, class_labels=label).sample
 
 
@@ -442,11 +450,16 @@ PIPELINES = {"LDMSuperResolutionPipeline": "ldm-sr", "StableDiffusionPipeline": 
 def read_index(source, name, revision):
     """The JSON file `name` of a folder or hub id as a dict, {} if there is none."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    from utils import UserError
     if Path(source).is_dir():
         return json.loads((Path(source) / name).read_text()) if (Path(source) / name).is_file() else {}
     try:
         return json.loads(Path(hf_hub_download(source, name, revision=revision)).read_text())
+    except LocalEntryNotFoundError:
+        raise UserError(f"--model {source}: not in the local cache, and no network; give a folder, or fetch it on a "
+                        "machine with network") from None
     except EntryNotFoundError:
         return {}
 
@@ -466,12 +479,17 @@ def load(name, device="cpu", dtype="float32", task="sr", revision=None, controln
     """A restorer, in evaluation mode (no dropout), ready to sample and to train.
 
     name: "" for the one in weights/ that serves `task`; a key of FAMILIES (pixel, dit: random weights; others: the
-    checkpoint in HUB); a hub id; or a folder that sft.py, rl.py or diffusers has saved. controlnet: hub id or folder of a trained
-    ControlNet; without one, and none in the folder, it starts as a copy of the UNet. settings: of the family.
+    checkpoint in HUB); a hub id, or ID@REVISION; or a folder that sft.py, rl.py or diffusers has saved. controlnet: hub
+    id or folder of a trained ControlNet; without one, and none in the folder, it starts as a copy of the UNet.
+    settings: of the family.
     Raises UserError that says what is wrong and what to do.
     """
     from utils import UserError, quiet
     quiet()
+    from diffusers.utils import logging
+    logging.disable_progress_bar()  # "Loading weights" for each part
+    if "@" in name and not Path(name).exists():
+        name, revision = name.split("@", 1)
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: unknown; choose one of {', '.join(DTYPES)}")
     source = HUB.get(name, name) or shipped(task)

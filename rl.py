@@ -22,9 +22,9 @@ Chosen here:
     is the mean over --views symmetric views, because most of what one view says among restorations of one input is
     noise (reward.symmetric).
  5. Fidelity is a constraint, not a reward, and each step is a constrained one (ConstrainedAdamW): the loss decides
-    until the drop reaches --fidelity-budget, then the step slides along that limit. The gradient of the drop goes
-    through the sampling chain, which is differentiable where a judge is not in practice, on training inputs; how far
-    the limit is, is measured on validation photographs, because the training crops lose more.
+    until the drop reaches three quarters of --fidelity-budget, then the step slides along that limit. The gradient of
+    the drop goes through the sampling chain, which is differentiable where a judge is not in practice, on training
+    inputs; how far the limit is, is measured on validation photographs, because the training crops lose more.
  6. --train modulation trains normalizations, biases and time embeddings, a ninth of the weights: they can sharpen and
     calm every feature at every noise level, and collect less noise of the gradient than all weights do.
  7. What is kept is a running average of the weights over the optimizer steps, and of these averages the one with the
@@ -99,7 +99,7 @@ class ConstrainedAdamW(torch.optim.Optimizer):
     needs no scale and no memory: a penalty or dual ascent answers late here, and the drop swings about the limit.
     min(0, .): where the loss promises to lower the drop by itself, it is not believed, because h is of training inputs.
     h is kept out of v: it is often longer than g, and would shrink the steps long after it is needed.
-    Without set_constraint, and within the budget as long as h and m do not oppose, this is torch.optim.AdamW.
+    Without set_constraint, and as long as the step would not go too far towards the limit, this is torch.optim.AdamW.
     """
 
     def __init__(self, weights, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, rate=0.3, bound=3.0):
@@ -117,8 +117,13 @@ class ConstrainedAdamW(torch.optim.Optimizer):
         weights = [p for p in group["params"] if p.grad is not None]
         gradients, excess = self.constraint or ([None] * len(group["params"]), None)
         gradient_of = dict(zip(group["params"], gradients))
+
+        def directions(p):  # m and h without the bias of their zero start, and D
+            state = self.state[p]
+            count = state["step"].item()
+            m, h = (state[key] / (1 - beta1 ** count) for key in ("m", "h"))
+            return m, h, 1 / ((state["v"] / (1 - beta2 ** count)).sqrt() + eps)
         totals = torch.zeros(3, device=weights[0].device)  # <m, D m>, <h, D m>, <h, D h>
-        steps = []
         for p in weights:
             state = self.state[p]
             if not state:
@@ -127,18 +132,16 @@ class ConstrainedAdamW(torch.optim.Optimizer):
             state["m"].lerp_(p.grad, 1 - beta1), state["v"].lerp_(p.grad ** 2, 1 - beta2)
             if excess is not None:
                 state["h"].lerp_(gradient_of[p], 1 - beta1)
-            count = state["step"].item()
-            m, h = (state[key] / (1 - beta1 ** count) for key in ("m", "h"))
-            scale = 1 / ((state["v"] / (1 - beta2 ** count)).sqrt() + eps)
+            m, h, scale = directions(p)
             totals += torch.stack([(m * scale * m).sum(), (h * scale * m).sum(), (h * scale * h).sum()])
-            steps.append((p, m, h, scale))
         multiplier = 0.0
         if excess is not None:
             mm, hm, hh = totals.tolist()
             wanted = (self.rate * excess / lr - min(hm, 0.0)) / max(hh, 1e-30)
             multiplier = min(max(0.0, wanted), self.bound * math.sqrt(mm / max(hh, 1e-30)))
             self.multiplier = multiplier * math.sqrt(hh / max(mm, 1e-30))  # length of the bend, relative to the step's
-        for p, m, h, scale in steps:
+        for p in weights:
+            m, h, scale = directions(p)  # again: to keep them all would cost three copies of the weights
             p.mul_(1 - lr * group["weight_decay"]).sub_(lr * scale * (m + multiplier * h))
         self.constraint = None
 
@@ -186,12 +189,12 @@ class Config:
     micro_batch: Annotated[int, "samples in memory at once"] = 64
     lr: Annotated[float, "peak learning rate of AdamW, see learning_rate"] = 4e-4
     clip_range: Annotated[float, "of the ratio of mean log-densities"] = 2e-3
-    kl_coef: Annotated[float, "beta, weight of the KL to the SFT restorer"] = 0.0001
+    kl_coef: Annotated[float, "beta, weight of the KL to the SFT restorer"] = 1e-5
     average: Annotated[float, "decay per optimizer step of the weight average that is saved; 0: the last weights"] = 0.9
     # RL against SFT
     weight: Annotated[str, "baseline, running, or fixed:W (0: SFT loss only, 1: RL loss only)"] = "baseline"
     distance: Annotated[str, "of difficulty: iqa_gap, mse or ssim"] = "iqa_gap"
-    sft_coef: Annotated[float, "lambda, weight of the SFT loss"] = 0.0001
+    sft_coef: Annotated[float, "lambda, weight of the SFT loss"] = 1e-5
     fidelity_budget: Annotated[float, "PSNR-Y in dB, and 20 SSIM, that RL may cost; -1: off"] = 0.2
     reward_mode: Annotated[str, "final, step, or step:K (every K-th denoising step is judged)"] = "final"
     # running
@@ -199,7 +202,7 @@ class Config:
     save_every: Annotated[int, "iterations between checkpoints and between looks at validation images"] = 5
     device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
     reward_device: Annotated[str, "device of the reward; empty: as --device"] = ""
-    dtype: Annotated[str, "float32, bfloat16 or float16: arithmetic, and weights of frozen parts"] = "bfloat16"
+    dtype: Annotated[str, "bfloat16 or float32: arithmetic, and weights of frozen parts"] = "bfloat16"
     gradient_checkpointing: Annotated[bool, "compute activations again instead of keeping them"] = False
     trust_remote_code: Annotated[bool, "run Python code that a hub id of a reward brings along"] = False
 
@@ -228,6 +231,8 @@ def check(cfg):
             raise UserError("--reward judge2: it is the independent check and never a reward; use judge")
         if name in UNSAFE:
             raise UserError(f"--reward {name}: no reward, {UNSAFE[name]}; choose another")
+    if cfg.dtype == "float16":
+        raise UserError("--dtype float16: small gradients vanish in it; train with bfloat16 or float32")
     if cfg.train not in ("modulation", "all"):
         raise UserError(f"--train {cfg.train}: unknown; choose modulation or all")
     if cfg.distance not in ("iqa_gap", "mse", "ssim"):
@@ -244,7 +249,8 @@ def check_resume(cfg, path):
     import json
 
     from utils import UserError
-    free = ("iterations", "out", "resume", "save_every", "device")
+    free = ("iterations", "out", "resume", "save_every", "device", "reward_device", "micro_batch", "lr", "dtype",
+            "gradient_checkpointing")
     saved = json.loads(path.read_text()) if path.exists() else {}
     changed = [f"--{key.replace('_', '-')} {value}" for key, value in saved.items()
                if key not in free and getattr(cfg, key, value) != value]
@@ -399,7 +405,8 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
             optimizer.set_constraint(summed([g / ways for g in gradient]), excess.max().item())
         optimizer.step()
         logs[-1]["constraint"] = optimizer.multiplier
-        torch._foreach_lerp_(average.weights(), restorer.weights(), 1 - cfg.average)
+        with torch.no_grad():
+            torch._foreach_lerp_(average.weights(), restorer.weights(), 1 - cfg.average)
     keys = dict.fromkeys(key for log in logs for key in log)
     means = {key: sum(log[key] for log in logs if key in log) / sum(key in log for log in logs) for key in keys}
     return means | {"ratio_error": logs[0]["ratio_error"]}
@@ -516,18 +523,23 @@ def train(cfg):
                "best": SimpleNamespace(state_dict=lambda: best, load_state_dict=best.update)}
     pairs = {split: source if isinstance(source, Pairs) else None for split, source in sources.items()}
     lq, hq = held_out(cfg.task, cfg.data, "val", 64, cfg.size, device, pairs["val"])[:2]
+    if len(lq) < world.num_processes:
+        raise UserError(f"--data: only {len(lq)} validation crops for {world.num_processes} processes; add photographs "
+                        "or lower --size")
     watched = own_share(torch.arange(len(lq) // world.num_processes * world.num_processes), world)
     watchers = {name: load_reward(name, device) for name in ("judge", "judge2") if name != cfg.reward}
     watchers["reward"] = scorer  # loaded once when it is the judge itself
 
     def look(candidate, watchers):
-        own = evaluate(candidate, lq[watched], hq[watched], watchers, cfg.steps, cfg.eta, [0], first=int(watched[0]))[0]
-        scores = {key: everyone([value.to(device)]).mean().item() for key, value in own.items()}
+        own = evaluate(candidate, lq[watched], hq[watched], watchers, cfg.steps, cfg.eta, [0],
+                       min(32, cfg.micro_batch), int(watched[0]))[0]
+        scores = {key: everyone([value.to(device)]).nanmean().item() for key, value in own.items()}
         scores.setdefault("judge", scores.get("reward"))
         return {f"val_{key}": value for key, value in scores.items() if key != "psnr" and value is not None}
 
     def fidelity_on_validation(candidate):  # (2,), asked for in every iteration
-        image = evaluate(candidate, lq[watched], hq[watched], {}, cfg.steps, cfg.eta, [0], first=int(watched[0]))[1]
+        image = evaluate(candidate, lq[watched], hq[watched], {}, cfg.steps, cfg.eta, [0],
+                         min(32, cfg.micro_batch), int(watched[0]))[1]
         return everyone([fidelity(image, hq[watched])]).mean(0).cpu()
     fidelity_sft = fidelity_on_validation(reference)
 
@@ -549,7 +561,8 @@ def train(cfg):
         if hasattr(scorer, "freeze"):
             measure_scale(scorer, restorer, pool, cfg, world)
         reward_hq = measure_pool(restorer, judge, pool, cfg, world, memory, difficulty)
-        rows = [{"iteration": 0, "distance": sum(difficulty.latest.values()) / cfg.pool} | look(average, watchers)]
+        distance = sum(difficulty.latest.values()) / len(difficulty.latest)
+        rows = [{"iteration": 0, "distance": distance} | look(average, watchers)]
 
     repeats = cfg.samples_per_input
     for iteration in (bar := tqdm(range(start, cfg.iterations), initial=start, total=cfg.iterations, desc="rl",
@@ -627,7 +640,8 @@ def report(cfg, reference, restorer, out, device, pairs, judges):
     import eval
     from utils import write_json
     settings = eval.Config(task=cfg.task, data=cfg.data, size=cfg.size, out=str(out))
-    rows, images, _ = eval.compare({"sft": reference, "rl": restorer}, settings, device, pairs, judges)
+    rows, images, _ = eval.compare({"sft": reference, "rl": restorer}, settings, device, pairs, judges,
+                                   min(32, cfg.micro_batch))
     print(eval.format_table(rows))
     means = {name: {key: eval.mean_se(row[key])[0] if key in row else None
                     for key in ("judge", "judge2", "psnr_y", "ssim")} for name, row in rows.items()}

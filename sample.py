@@ -241,7 +241,7 @@ def main():
 
     from tqdm import tqdm
 
-    from data import list_images, resize
+    from data import list_images, resize, split_task
     from model import load
     from utils import UserError, generator, parse, pick_device, read_image, write_image
     cfg, inputs = parse(Config, description="Restores image files.", positional="image files or folders")
@@ -263,7 +263,8 @@ def main():
     device = pick_device(cfg.device)
     restorer = load(cfg.model, device, cfg.dtype, cfg.task)
     steps, eta = cfg.steps or restorer.defaults["steps"], cfg.eta if cfg.eta >= 0 else restorer.defaults["eta"]
-    scale = cfg.scale or (4 if restorer.defaults["task"] == "sr" else 1)
+    base, options = split_task(restorer.defaults["task"] if cfg.model else cfg.task)
+    scale = cfg.scale or (options.get("scale", 4) if base == "sr" else 1)
     failed = 0
     for file, target in (bar := tqdm(files, unit="image")):
         bar.set_postfix_str(file.name)

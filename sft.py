@@ -100,7 +100,7 @@ class Config:
     save_every: Annotated[int, "steps between checkpoints"] = 400
     store: Annotated[str, "dtype of the saved weights: float32, or float16 for half the size"] = "float32"
     device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
-    dtype: Annotated[str, "float32, bfloat16 or float16: the network's arithmetic"] = "bfloat16"
+    dtype: Annotated[str, "bfloat16 or float32: the network's arithmetic"] = "bfloat16"
 
 
 def batches(cfg, source, degrade, crops, steps):
@@ -129,6 +129,8 @@ def train(cfg):
     if cfg.dataset in DATASETS:
         cfg.task = DATASETS[cfg.dataset][0]
     out, device, degrade = Path(cfg.out or f"runs/sft_{cfg.task}"), pick_device(cfg.device), get_task(cfg.task)
+    if cfg.dtype == "float16":
+        raise UserError("--dtype float16: small gradients vanish in it; train with bfloat16 or float32")
     for name in (cfg.dtype, cfg.store):
         if name not in DTYPES:
             raise UserError(f"--dtype/--store {name}: unknown; choose one of {', '.join(DTYPES)}")
@@ -156,7 +158,6 @@ def train(cfg):
     print("   ".join(f"{key} {value}" for key, value in asdict(cfg).items() if value != ""))
 
     # training
-    restorer.net.train()
     steps = range(start, cfg.steps)
     bar = tqdm(steps, initial=start, total=cfg.steps, desc="sft")
     for step, (lq, hq) in zip(bar, batches(cfg, source, degrade, crops, steps)):
@@ -181,7 +182,6 @@ def train(cfg):
 
     # results: the averaged weights, on validation photographs
     restorer.net.load_state_dict(average.module.state_dict())
-    restorer.net.eval()
     restorer.save(out / "model", DTYPES[cfg.store])
     if degrade is None:
         lq, hq = pair_crops(watched, 64, cfg.size, generator(cfg.seed, 3), workers=cfg.workers)

@@ -1,12 +1,14 @@
 """Every family passes the same tests, from tiny random configs saved and loaded as full-size checkpoints are."""
 
+import json
+
 import pytest
 import torch
 
 import model
 from data import TASKS
 from rl import combined_loss, policy_loss
-from sample import repeat_step, rollout
+from sample import clip_of, repeat_step, rollout
 from sft import sft_loss
 from utils import UserError, generator
 
@@ -177,17 +179,21 @@ def test_guidance_is_the_two_pass_formula(pair):
     assert torch.allclose(outs["sharp photo", 3.0], empty + 3 * (prompted - empty), atol=1e-5)
 
 
-def test_gradient_checkpointing_gives_the_same_gradient(restorer, pair):
-    if restorer.family == "dit":
-        restorer.net.enable_gradient_checkpointing()
-    grads = []
+def test_gradient_checkpointing_gives_the_same_gradient_and_runs_blocks_twice(restorer, pair):
+    blocks = [m for whole in (restorer.net, restorer.frozen.get("unet")) if whole is not None for m in whole.modules()
+              if type(m).__name__ in ("ResnetBlock2D", "BasicTransformerBlock")]
+    calls = []
+    for block in blocks:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    counts, grads = [], []
     for switch in (False, True):
         if switch:
             restorer.checkpoint_gradients()
-        restorer.net.zero_grad()
+        restorer.net.zero_grad(), calls.clear()
         sft_loss(restorer, *pair, generator(3)).mean().backward()
+        counts.append(len(calls))
         grads.append(torch.cat([p.grad.flatten() for p in restorer.weights() if p.grad is not None]))
-    assert torch.allclose(*grads, atol=1e-6)
+    assert torch.allclose(*grads, atol=1e-6) and counts[1] > 1.5 * counts[0] > 0
 
 
 def test_the_schedule_is_the_checkpoints(tmp_path):
@@ -196,9 +202,15 @@ def test_the_schedule_is_the_checkpoints(tmp_path):
     restorer.save(tmp_path)
     PNDMScheduler(beta_start=0.001, beta_end=0.01, beta_schedule="linear", prediction_type="v_prediction",
                   steps_offset=1).save_pretrained(tmp_path / "scheduler")
-    config = model.load(str(tmp_path)).scheduler.config
+    loaded = model.load(str(tmp_path))
+    config = loaded.scheduler.config
     assert (config.beta_end, config.beta_schedule, config.prediction_type, config.steps_offset) == (
         0.01, "linear", "v_prediction", 1)
+    assert clip_of(loaded.scheduler) is None  # PNDM never clips, and its config does not say so
+    config = json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())
+    (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(config | {"thresholding": True}))
+    with pytest.raises(UserError, match="thresholding"):
+        model.load(str(tmp_path))
 
 
 def test_plain_stable_diffusion_gets_a_controlnet_from_its_unet(tmp_path, pair):
@@ -261,3 +273,20 @@ def test_published_shapes_have_the_published_sizes():
                     for name in ("ldm-sr", "sd-controlnet", "sd-x4-upscaler")}
     assert abs(millions["sd-controlnet"] - 361) < 1 and abs(millions["sd-x4-upscaler"] - 473) < 2
     assert abs(millions["ldm-sr"] - 113) < 2
+
+
+def test_dit_patches_decide_the_multiple():
+    restorer = model.DiTRestorer.create(vae=VAE, transformer=dict(
+        num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8, patch_size=4))
+    assert restorer.multiple == 4 * 4
+
+
+def test_no_network_is_said_in_one_line(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(*args, **options):
+        raise LocalEntryNotFoundError("offline")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(UserError, match="no network"):
+        model.load("ldm-sr")

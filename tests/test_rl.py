@@ -119,7 +119,7 @@ def test_better_is_a_higher_reward_within_the_budget():
     ({"reward_mode": "step:0"}, "--reward-mode"), ({"inputs": 999}, "--pool"), ({"memory": 2}, "--memory"),
     ({"average": 1.0}, "--average"), ({"iterations": 0}, "--iterations"),
     ({"distance": "lpips"}, "--distance"), ({"views": 9}, "--views"),
-    ({"train": "head"}, "--train")))
+    ({"train": "head"}, "--train"), ({"dtype": "float16"}, "--dtype")))
 def test_bad_flags_are_named(changes, words):
     with pytest.raises(UserError, match=words):
         check(Config(**changes))
@@ -286,6 +286,7 @@ def test_resume_without_a_checkpoint_or_with_another_model_is_an_error(run, tiny
     with pytest.raises(UserError, match="--resume"):
         run("nothing", resume=True)
     run("done")
+    run("done", resume=True, lr=1e-5, micro_batch=2, dtype="bfloat16", iterations=5)  # what an error may advise
     with pytest.raises(UserError, match="--seed 0"):
         run("done", resume=True, seed=4)
     with pytest.raises(UserError, match="--steps"):
