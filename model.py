@@ -68,7 +68,7 @@ class Restorer:
         self.net, self.scheduler, self.frozen = net, scheduler, frozen or {}
         self.settings = type(self).settings | (settings or {})
         self.defaults = {"task": "sr", "steps": 20, "eta": 1.0} | (defaults or {})
-        self.dtype = torch.float32
+        self.dtype, self.checkpointing = torch.float32, False
         for module in self.frozen.values():
             if isinstance(module, torch.nn.Module):
                 module.requires_grad_(False).eval()
@@ -125,6 +125,7 @@ class Restorer:
 
     def checkpoint_gradients(self):
         """Trades time for memory: activations inside the networks are computed again in the backward pass."""
+        self.checkpointing = True
         for module in (self.net, *self.frozen.values()):  # the VAE too: the fidelity's gradient goes through it
             if getattr(module, "_supports_gradient_checkpointing", False):
                 module.enable_gradient_checkpointing()
@@ -244,7 +245,7 @@ class LatentRestorer(Restorer):
     def prepare(self):
         vae = self.frozen["vae"]
         if hasattr(vae, "use_tiling"):  # VQModel has none
-            vae.enable_slicing(), vae.enable_tiling()  # only images above the size it was trained at are cut
+            vae.enable_tiling()  # only images above the size it was trained at are cut
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.scaling = vae.config.scaling_factor if self.scaled else 1.0
         net = self.net.config
@@ -261,8 +262,9 @@ class LatentRestorer(Restorer):
         return z0.float() * self.scaling
 
     def decode(self, z, lq=None):
-        vae = self.frozen["vae"]
-        return vae.decode((z / self.scaling).to(vae.dtype)).sample.float().clamp(-1, 1)
+        vae = self.frozen["vae"]  # image by image: a batch of decoded features is what memory runs out on
+        parts = [vae.decode(part).sample.float() for part in (z / self.scaling).to(vae.dtype).split(1)]
+        return torch.cat(parts).clamp(-1, 1)
 
     @torch.no_grad()
     def embed_prompt(self):
@@ -568,10 +570,15 @@ def memory(restorer):
 
 
 def bench(restorer, size, batch):
-    """Seconds of a rollout step, an update (forward and backward of one step), decoding, and the peak memory in GiB (of
-    a CUDA device, else NaN), on random images; the median of five after a warm-up."""
+    """Seconds on random images, the median of five after a warm-up, and peak memory in GiB (NaN without CUDA).
+
+    Measured are a step of a rollout, decoding, and one update as rl.py makes it: forward and backward of one step, the
+    gradient of the fidelity through a chain of 5 steps and the decoder, and the optimizer's step."""
     import time
     from statistics import median
+    from types import SimpleNamespace
+
+    from rl import ConstrainedAdamW, fidelity_gradient
 
     def timed(call):
         seconds = []
@@ -588,17 +595,21 @@ def bench(restorer, size, batch):
     c = restorer.condition(lq, generator)
     z = torch.randn(restorer.latent_shape(lq), generator=generator).to(restorer.device)
     t = torch.full((batch,), 500, device=restorer.device)
-    optimizer = torch.optim.AdamW(restorer.weights(), lr=1e-6)
+    optimizer = ConstrainedAdamW(restorer.weights(), lr=1e-6)
+    cfg = SimpleNamespace(steps=5, eta=1.0, micro_batch=5, gradient_checkpointing=restorer.checkpointing)
+    share = torch.tensor([0.5, 0.5])
 
     def update():
         restorer.predict(z, t, c).square().mean().backward()
+        noise = [torch.Generator().manual_seed(i) for i in range(batch)]
+        optimizer.set_constraint(fidelity_gradient(restorer, lq, lq.flip(3), share, cfg, noise), 0.1)
         optimizer.step(), optimizer.zero_grad()
     no_grad = torch.no_grad()
     result = {"rollout step, s": timed(lambda: no_grad(restorer.predict)(z, t, c)),
               "decode, s": timed(lambda: no_grad(restorer.decode)(z, lq))}
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    result["update of one step, s"] = timed(update)
+    result["update, s"] = timed(update)
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
     return result | {"peak memory of the update, GiB": peak}
 
@@ -608,14 +619,18 @@ def main():
     cfg = parse(Config, description="Prints, makes or measures a restorer.")
     device = pick_device(cfg.device)
     given = {"prompt": cfg.prompt, "guidance": cfg.guidance, "noise_level": cfg.noise_level}
+    changed = {key: value for key, value in given.items() if value != getattr(Config, key)}
     if cfg.random:
         if cfg.model not in FAMILIES:
             raise UserError(f"--random --model {cfg.model}: choose one of {', '.join(FAMILIES)}")
-        with torch.device("meta") if not (cfg.bench or cfg.out) else torch.device("cpu"):
+        real = cfg.bench or cfg.out  # else the shapes are enough
+        with torch.device("cpu" if real else "meta"):
             restorer = FAMILIES[cfg.model].create()
-        restorer.to(device if cfg.bench else "meta" if not cfg.out else "cpu", DTYPES[cfg.dtype])
+        restorer.to(device if cfg.bench else "cpu" if real else "meta", DTYPES[cfg.dtype])
+        if changed or cfg.controlnet or cfg.revision:
+            raise UserError("--random: takes none of --prompt, --guidance, --noise-level, --controlnet and --revision; "
+                            "save it with --out and load that folder with them")
     else:
-        changed = {key: value for key, value in given.items() if value != getattr(Config, key)}
         restorer = load(cfg.model, device, cfg.dtype, cfg.task, cfg.revision or None, cfg.controlnet or None, **changed)
     if cfg.gradient_checkpointing:
         restorer.checkpoint_gradients()

@@ -42,6 +42,7 @@ import logging
 import math
 import re
 import sys
+import time
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -800,8 +801,13 @@ def score(cfg, files):
             fail(f"--metric {cfg.metric}: a sum takes its scale from the files, so give two or more that it can score")
         rows = metric.combine(raw)
     print(f"{cfg.metric:>12s}  file")
+    seconds = [time.perf_counter()]
     for file, row in zip(files, rows):
         print(f"{row.item():12.4f}  {file}")
+        seconds.append(time.perf_counter())
+    if len(files) > 2 and not is_sum:  # the first one warms up
+        peak = f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB at most" if device.startswith("cuda") else ""
+        print(f"{(seconds[-1] - seconds[1]) / (len(files) - 1):.3f} s an image, one by one{peak}")
 
 
 def main():

@@ -89,6 +89,7 @@ class Config:
     # optimization
     steps: Annotated[int, "optimizer steps"] = 2400
     batch: Annotated[int, "pairs per step"] = 32
+    micro_batch: Annotated[int, "pairs in memory at once, whose gradients add up; 0: all"] = 0
     size: Annotated[int, "side of a crop in pixels"] = 64
     lr: Annotated[float, "peak learning rate of AdamW"] = 1e-3
     ema: Annotated[float, "decay of the weight average per step"] = 0.995
@@ -98,6 +99,7 @@ class Config:
     per_pair: Annotated[int, "crops taken of each decoded pair"] = 1
     resume: Annotated[bool, "go on from the last checkpoint in --out"] = False
     save_every: Annotated[int, "steps between checkpoints"] = 400
+    gradient_checkpointing: Annotated[bool, "compute activations again instead of keeping them"] = False
     store: Annotated[str, "dtype of the saved weights: float32, or float16 for half the size"] = "float32"
     device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
     dtype: Annotated[str, "bfloat16 or float32: the network's arithmetic"] = "bfloat16"
@@ -143,6 +145,8 @@ def train(cfg):
     if cfg.size % restorer.multiple:
         raise UserError(f"--size {cfg.size}: must be a multiple of {restorer.multiple}")
     restorer.defaults["task"] = cfg.task
+    if cfg.gradient_checkpointing:
+        restorer.checkpoint_gradients()
     optimizer = torch.optim.AdamW(restorer.weights(), lr=cfg.lr)
     average = torch.optim.swa_utils.AveragedModel(
         restorer.net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.ema))
@@ -161,18 +165,21 @@ def train(cfg):
     steps = range(start, cfg.steps)
     bar = tqdm(steps, initial=start, total=cfg.steps, desc="sft")
     for step, (lq, hq) in zip(bar, batches(cfg, source, degrade, crops, steps)):
-        loss = sft_loss(restorer, lq.to(device), hq.to(device), noise).mean()
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(step, cfg.steps, cfg.lr)
         optimizer.zero_grad()
-        loss.backward()
+        loss = 0.0
+        for part in torch.arange(len(lq)).split(cfg.micro_batch or len(lq)):
+            part_loss = sft_loss(restorer, lq[part].to(device), hq[part].to(device), noise).sum() / len(lq)
+            part_loss.backward()
+            loss += part_loss.item()
         grad_norm = torch.nn.utils.clip_grad_norm_(restorer.weights(), cfg.max_grad_norm)
         if not torch.isfinite(grad_norm):
             raise UserError(f"step {step}: the gradient is not finite; lower --lr or use --dtype float32")
         optimizer.step()
         average.update_parameters(restorer.net)
         if step % 10 == 9 or step + 1 == cfg.steps:
-            rows.append({"step": step + 1, "loss": loss.item(), "grad_norm": grad_norm.item(),
+            rows.append({"step": step + 1, "loss": loss, "grad_norm": grad_norm.item(),
                          "lr": optimizer.param_groups[0]["lr"]})
             bar.set_postfix({k: f"{v:.3g}" for k, v in rows[-1].items() if k != "step"})
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:

@@ -256,6 +256,24 @@ def test_reference_rewards_train(reward, distance, run):
     assert math.isfinite(log[1]["loss"]) and 0 <= log[1]["weight"] <= 1
 
 
+@pytest.mark.parametrize("family", ("ldm-sr", "sd-controlnet", "sd-x4-upscaler", "dit"))
+def test_every_backbone_trains(family, run, tmp_path):
+    """The same loop, from a saved folder of small random weights; what does not train is the same afterwards."""
+    from model import load
+    from safetensors.torch import load_file
+    from test_model import TINY
+    TINY[family]().save(tmp_path / family)
+    out = run(family, model=str(tmp_path / family), iterations=2, reward="psnr", dtype="bfloat16", views=1,
+              gradient_checkpointing=True, fidelity_budget=1e9, kl_coef=0.1, sft_coef=0.1)
+    log, before = rows(out), load(str(tmp_path / family))
+    assert log[1]["ratio_error"] <= 1e-5 and all(math.isfinite(row["loss"]) for row in log[1:])
+    before.train_only("modulation")
+    now = {key[4:]: value for key, value in load_file(out / "checkpoint.safetensors").items() if key.startswith("net.")}
+    assert set(now) == set(before.names)
+    assert any(not torch.equal(now[name], p) for name, p in before.state_dict().items())
+    assert load(str(out / "model")).family == family
+
+
 def test_pairs_on_disk_train(run, photo_folder, tmp_path):
     from data import resize
     from utils import read_image, write_image
