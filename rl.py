@@ -541,7 +541,6 @@ def train(cfg):
         image = evaluate(candidate, lq[watched], hq[watched], {}, cfg.steps, cfg.eta, [0],
                          min(32, cfg.micro_batch), int(watched[0]))[1]
         return everyone([fidelity(image, hq[watched])]).mean(0).cpu()
-    fidelity_sft = fidelity_on_validation(reference)
 
     start, rows, chosen_at = 0, [], 0
     if cfg.resume:
@@ -564,7 +563,8 @@ def train(cfg):
         distance = sum(difficulty.latest.values()) / len(difficulty.latest)
         rows = [{"iteration": 0, "distance": distance} | look(average, watchers)]
 
-    repeats = cfg.samples_per_input
+    constrained, repeats = cfg.fidelity_budget >= 0, cfg.samples_per_input
+    fidelity_sft = fidelity_on_validation(reference) if constrained else None
     for iteration in (bar := tqdm(range(start, cfg.iterations), initial=start, total=cfg.iterations, desc="rl",
                                   disable=not world.is_main_process)):
         # rollout and reward, in batches that fit into memory
@@ -597,7 +597,7 @@ def train(cfg):
             return [generator(cfg.seed, 24, iteration, *stream, i) for i in own]
         optimizer.param_groups[0]["lr"] = learning_rate(iteration, cfg.iterations, cfg.lr)
         began = time.perf_counter()
-        drop = fidelity_sft - fidelity_on_validation(restorer) if cfg.fidelity_budget >= 0 else None
+        drop = fidelity_sft - fidelity_on_validation(restorer) if constrained else None
         # aims inside the budget: the drop scatters about its limit, and only averages within the budget are kept
         excess = None if drop is None else drop - 0.75 * cfg.fidelity_budget
         losses = update(restorer, reference, average, optimizer, batches, len(ids), excess, cfg, noise)

@@ -228,6 +228,7 @@ def test_two_processes_give_the_weights_of_one(run, tmp_path):
     flags += [f"--model={tmp_path / 'start'}", "--reward=psnr", "--iterations=3", "--pool=8", "--inputs=4", "--lr=1e-4",
               "--kl-coef=0.1", "--sft-coef=0.1"]
     launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
+                "--main_process_port=0",
                 "--mixed_precision=no", "--dynamo_backend=no"]
     for name, launch in (("one", [sys.executable]), ("two", [sys.executable, *launcher])):
         subprocess.run([*launch, str(ROOT / "rl.py"), *flags, f"--out={tmp_path / name}"], check=True,

@@ -69,7 +69,7 @@ def test_data_and_model_scripts(tmp_path):
     assert script("data.py", "--out", tmp_path / "x.png").returncode == 0
     assert read_image(tmp_path / "x.png").shape == (3, 128, 512)
     done = script("model.py")
-    assert done.returncode == 0 and "M parameters" in done.stdout
+    assert done.returncode == 0 and "trains 1.88" in done.stdout
 
 
 @pytest.mark.parametrize("words", (
