@@ -807,7 +807,7 @@ def score(cfg, files):
         seconds.append(time.perf_counter())
     if len(files) > 2 and not is_sum:  # the first one warms up
         peak = f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB at most" if device.startswith("cuda") else ""
-        print(f"{(seconds[-1] - seconds[1]) / (len(files) - 1):.3f} s an image, one by one{peak}")
+        print(f"{(seconds[-1] - seconds[1]) / (len(files) - 1):.3f} s an image, one by one{peak}", file=sys.stderr)
 
 
 def main():

@@ -472,6 +472,7 @@ def test_score_takes_its_flags_and_sums(tmp_path, folders, capsys):
     flags = ("--prompt", "How good?", "--stem", "It is", "--levels", "good,bad", "--values", "3,1")
     expected = load(source, prompt="How good?", stem="It is", levels="good,bad", values="3,1")(images)
     assert table("--metric", source, *flags, "--dtype", "float32") == pytest.approx(expected.tolist(), abs=1e-4)
+    assert "s an image" not in capsys.readouterr().out  # the time is no row of the table
     total = table("--metric", f"judge+0.5*{source}")
     assert sum(total) == pytest.approx(0, abs=1e-3) and max(total) > 0
     assert math.isnan(table("--metric", f"q-insight:{folders['answers']}?tokens=2", files=files[:1])[0])
