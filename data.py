@@ -552,6 +552,16 @@ def load_pairs(split="all", lq="", hq="", match="same", dataset="", root=".", qu
     return Pairs(files)
 
 
+def open_split(cfg, split):
+    """What the flags of a script ask for: Pairs or clean Photographs from --lq, --hq and --dataset, else Photographs of
+    --data or the shipped ones. Sets cfg.task to that of a dataset. What has no partner is printed with `train` only."""
+    if not (cfg.lq or cfg.hq or cfg.dataset):
+        return photographs(split, cfg.data, cfg.size)
+    source = load_pairs(split, cfg.lq, cfg.hq, cfg.match, cfg.dataset, cfg.root, quiet=split != "train")
+    cfg.task = DATASETS[cfg.dataset][0] if cfg.dataset else cfg.task
+    return source
+
+
 def dataset_layout(dataset, root, train):
     """(lq, hq, match) of the first layout of `dataset` that has pairs under `root`; lq "" for clean images only.
 

@@ -316,40 +316,34 @@ class Config:
     dtype: Annotated[str, "float32, bfloat16 or float16: the network's arithmetic"] = "float32"
 
 
-def held_out(task, data, split, count, size, device, pairs=None):
-    """The fixed crops of a split: (lq, hq, names), lq and hq (N, 3, size, size). The same for every seed of a run.
+def held_out(task, source, count, size, device):
+    """The fixed crops of a split, the same for every seed of a run: (lq, hq, names), lq and hq (N, 3, size, size).
 
-    pairs: data.Pairs, of which the crops are taken instead of degrading photographs."""
-    from data import get_task, grid_crops, pair_crops, photographs
+    source: data.Photographs, which the task degrades, or data.Pairs."""
+    from data import Pairs, get_task, grid_crops, pair_crops
     from utils import generator
-    if pairs is not None:
-        lq, hq = pair_crops(pairs, count, size, generator(0, 3))
+    if isinstance(source, Pairs):
+        lq, hq = pair_crops(source, count, size, generator(0, 3))
         return lq.to(device), hq.to(device), [f"crop {i}" for i in range(count)]
-    hq, names = grid_crops(photographs(split, data, size), count, size, generator(0, 3))
+    hq, names = grid_crops(source, count, size, generator(0, 3))
     return get_task(task)(hq, generator(0, 4))[0].to(device), hq.to(device), names
 
 
-def compare(restorers, cfg, device, pairs=None, judges=None, batch=32):
-    """Scores lq, hq and each restorer (name -> restorer) on the held-out crops, of `pairs` if given (data.Pairs).
+def compare(restorers, lq, hq, judges, seeds=3, batch=32):
+    """Scores crops lq, hq (N, 3, H, W) and each restorer (name -> restorer) on them, as it was trained.
 
-    judges: {"judge", "judge2"}, loaded if not given.
-    Returns (rows, images, names): rows[name][metric] (N,), images[name] (N, 3, H, W), names of the crops.
+    judges: name -> reward. Returns (rows, images): rows[name][metric] (N,), images[name] (N, 3, H, W).
     """
     from tqdm import tqdm
-
-    from reward import load as load_reward
-    lq, hq, names = held_out(cfg.task, cfg.data, cfg.split, cfg.count or 64, cfg.size, device, pairs)
-    judges = judges or {"judge": load_reward(cfg.judge, device), "judge2": load_reward(cfg.judge2, device)}
     rows, images = {}, {}
     for name, restorer in (bar := tqdm({"lq": None, **restorers}.items(), desc="eval", unit="model")):
         bar.set_postfix_str(name)
         settings = restorer.defaults if restorer else {"steps": 0, "eta": 0.0}
-        steps, eta = cfg.steps or settings["steps"], cfg.eta if cfg.eta >= 0 else settings["eta"]
-        rows[name], images[name] = evaluate(restorer, lq, hq, judges, steps, eta,
-                                              range(cfg.seeds if restorer else 1), batch)
+        rows[name], images[name] = evaluate(restorer, lq, hq, judges, settings["steps"], settings["eta"],
+                                            range(seeds if restorer else 1), batch)
     rows["hq"] = {name: judge(hq, hq).float().cpu() for name, judge in judges.items()}
     images["hq"] = hq
-    return rows, images, names
+    return rows, images
 
 
 def images_of(cfg):
@@ -357,7 +351,7 @@ def images_of(cfg):
     from data import DATASETS, Pairs, get_task, load_pairs, photographs, whole_image
     from utils import UserError
     if not (cfg.lq or cfg.hq or cfg.dataset or cfg.size == 0):
-        lq, hq, names = held_out(cfg.task, cfg.data, cfg.split, cfg.count or 64, cfg.size, "cpu")
+        lq, hq, names = held_out(cfg.task, photographs(cfg.split, cfg.data, cfg.size), cfg.count or 64, cfg.size, "cpu")
         return names, lambda i: (lq[i:i + 1], hq[i:i + 1]), False
     if cfg.lq or cfg.hq or cfg.dataset:
         source = load_pairs("test" if cfg.dataset else "all", cfg.lq, cfg.hq, cfg.match, cfg.dataset, cfg.root)

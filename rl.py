@@ -404,7 +404,8 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
             ways = total / repeats / len(lq)  # processes: the mean over the inputs of all
             optimizer.set_constraint(summed([g / ways for g in gradient]), excess.max().item())
         optimizer.step()
-        logs[-1]["constraint"] = optimizer.multiplier
+        if excess is not None:
+            logs[-1]["constraint"] = optimizer.multiplier
         with torch.no_grad():
             torch._foreach_lerp_(average.weights(), restorer.weights(), 1 - cfg.average)
     keys = dict.fromkeys(key for log in logs for key in log)
@@ -472,7 +473,7 @@ def train(cfg):
     from accelerate import PartialState
     from tqdm import tqdm
 
-    from data import DATASETS, Pairs, get_task, load_pairs, pair_crops, photographs, random_crops
+    from data import Pairs, get_task, open_split, pair_crops, random_crops
     from difficulty import Difficulty, RewardMemory
     from eval import evaluate, held_out, save_curves
     from model import load
@@ -487,13 +488,9 @@ def train(cfg):
     for name in ("inputs", "pool"):
         if getattr(cfg, name) % world.num_processes:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be a multiple of the {world.num_processes} processes")
-    if cfg.dataset in DATASETS:
-        cfg.task = DATASETS[cfg.dataset][0]
-    out, degrade = Path(cfg.out or f"runs/{cfg.task}"), get_task(cfg.task)
     # all three splits are opened here: a missing photograph ends the run now, not at its final table
-    sources = {split: load_pairs(split, cfg.lq, cfg.hq, cfg.match, cfg.dataset, cfg.root, quiet=split != "train")
-               if cfg.lq or cfg.hq or cfg.dataset else photographs(split, cfg.data, cfg.size)
-               for split in ("train", "val", "test")}
+    sources = {split: open_split(cfg, split) for split in ("train", "val", "test")}
+    out, degrade = Path(cfg.out or f"runs/{cfg.task}"), get_task(cfg.task)
     restorer = load(cfg.model, device, cfg.dtype, cfg.task, cfg.revision or None)
     cfg.steps, cfg.eta = cfg.steps or restorer.defaults["steps"], cfg.eta if cfg.eta > 0 else restorer.defaults["eta"]
     times = restorer.scheduler.config.num_train_timesteps
@@ -521,8 +518,7 @@ def train(cfg):
     pool = (lq.to(device), hq.to(device))
     modules = {"net": restorer, "average": average,
                "best": SimpleNamespace(state_dict=lambda: best, load_state_dict=best.update)}
-    pairs = {split: source if isinstance(source, Pairs) else None for split, source in sources.items()}
-    lq, hq = held_out(cfg.task, cfg.data, "val", 64, cfg.size, device, pairs["val"])[:2]
+    lq, hq = held_out(cfg.task, sources["val"], 64, cfg.size, device)[:2]
     if len(lq) < world.num_processes:
         raise UserError(f"--data: only {len(lq)} validation crops for {world.num_processes} processes; add photographs "
                         "or lower --size")
@@ -530,17 +526,19 @@ def train(cfg):
     watchers = {name: load_reward(name, device) for name in ("judge", "judge2") if name != cfg.reward}
     watchers["reward"] = scorer  # loaded once when it is the judge itself
 
-    def look(candidate, watchers):
-        own = evaluate(candidate, lq[watched], hq[watched], watchers, cfg.steps, cfg.eta, [0],
-                       min(32, cfg.micro_batch), int(watched[0]))[0]
+    def scores_on_validation(candidate, judges):  # of this process's crops
+        return evaluate(candidate, lq[watched], hq[watched], judges, cfg.steps, cfg.eta, [0],
+                        min(32, cfg.micro_batch), int(watched[0]))[0]
+
+    def look(candidate):
+        own = scores_on_validation(candidate, watchers)
         scores = {key: everyone([value.to(device)]).nanmean().item() for key, value in own.items()}
-        scores.setdefault("judge", scores.get("reward"))
-        return {f"val_{key}": value for key, value in scores.items() if key != "psnr" and value is not None}
+        scores.setdefault("judge", scores["reward"])
+        return {f"val_{key}": value for key, value in scores.items() if key != "psnr"}
 
     def fidelity_on_validation(candidate):  # (2,), asked for in every iteration
-        image = evaluate(candidate, lq[watched], hq[watched], {}, cfg.steps, cfg.eta, [0],
-                         min(32, cfg.micro_batch), int(watched[0]))[1]
-        return everyone([fidelity(image, hq[watched])]).mean(0).cpu()
+        own = scores_on_validation(candidate, {})
+        return everyone([torch.stack([own["psnr_y"], 20 * own["ssim"]], dim=1).to(device)]).mean(0).cpu()
 
     start, rows, chosen_at = 0, [], 0
     if cfg.resume:
@@ -561,7 +559,7 @@ def train(cfg):
             measure_scale(scorer, restorer, pool, cfg, world)
         reward_hq = measure_pool(restorer, judge, pool, cfg, world, memory, difficulty)
         distance = sum(difficulty.latest.values()) / len(difficulty.latest)
-        rows = [{"iteration": 0, "distance": distance} | look(average, watchers)]
+        rows = [{"iteration": 0, "distance": distance} | look(average)]
 
     constrained, repeats = cfg.fidelity_budget >= 0, cfg.samples_per_input
     fidelity_sft = fidelity_on_validation(reference) if constrained else None
@@ -580,11 +578,11 @@ def train(cfg):
         advantage = step_advantages(rewards, keys, cap, memory)
 
         # difficulty, and the weight between RL and SFT
-        caps = own_share(cap, world).split([len(b["lq"]) for b in batches])
+        sizes = [len(b["lq"]) for b in batches]
+        caps = own_share(cap, world).split(sizes)
         distance = everyone([distances(b, c, cfg.distance) for b, c in zip(batches, caps)])
         difficulty.observe(keys, distance)
         weight = difficulty.weight(distance)
-        sizes = [len(b["lq"]) for b in batches]
         own = (own_share(x, world).split(sizes) for x in (advantage.T, weight))
         for batch, a, w in zip(batches, *own):
             batch["advantage"], batch["weight"] = a.T, w
@@ -614,7 +612,7 @@ def train(cfg):
         rows.append(row)
         bar.set_postfix({k: f"{row[k]:.3f}" for k in ("reward", "distance", "weight", "psnr_drop") if k in row})
         if (iteration + 1) % cfg.save_every == 0 or iteration + 1 == cfg.iterations:
-            row |= look(average, watchers)
+            row |= look(average)
             if better(row, rows[chosen_at], rows[0], cfg.fidelity_budget):
                 best.update({name: value.cpu().clone() for name, value in average.state_dict().items()})
                 chosen_at = iteration + 1
@@ -631,17 +629,16 @@ def train(cfg):
     average.load_state_dict(best)
     average.save(out / "model")
     print(f"kept the weights of iteration {chosen_at}, the best on validation photographs")
-    return report(cfg, reference, average, out, device, pairs["test"], {
-        name: watchers.get(name, scorer) for name in ("judge", "judge2")})
+    crops = held_out(cfg.task, sources["test"], 64, cfg.size, device)[:2]
+    judges = {name: watchers.get(name, scorer) for name in ("judge", "judge2")}
+    return report(cfg, reference, average, out, *crops, judges)
 
 
-def report(cfg, reference, restorer, out, device, pairs, judges):
+def report(cfg, reference, restorer, out, lq, hq, judges):
     """Table, picture and summary.json: the SFT restorer against the new one on held-out test images."""
     import eval
     from utils import write_json
-    settings = eval.Config(task=cfg.task, data=cfg.data, size=cfg.size, out=str(out))
-    rows, images, _ = eval.compare({"sft": reference, "rl": restorer}, settings, device, pairs, judges,
-                                   min(32, cfg.micro_batch))
+    rows, images = eval.compare({"sft": reference, "rl": restorer}, lq, hq, judges, batch=min(32, cfg.micro_batch))
     print(eval.format_table(rows))
     means = {name: {key: eval.mean_se(row[key])[0] if key in row else None
                     for key in ("judge", "judge2", "psnr_y", "ssim")} for name, row in rows.items()}

@@ -122,23 +122,19 @@ def train(cfg):
     """Runs the SFT stage. Leaves config.json, metrics.csv, curves.png, before_after.png, model/ in cfg.out."""
     from tqdm import tqdm
 
-    from data import DATASETS, Pairs, get_task, grid_crops, load_pairs, pair_crops, photographs
-    from eval import evaluate, save_curves, save_grid
+    from data import Pairs, get_task, open_split
+    from eval import evaluate, held_out, save_curves, save_grid
     from model import DTYPES, PixelRestorer, load
     from utils import (UserError, generator, load_checkpoint, pick_device, save_checkpoint, write_json, write_rows)
 
     # set-up
-    if cfg.dataset in DATASETS:
-        cfg.task = DATASETS[cfg.dataset][0]
+    source, watched = open_split(cfg, "train"), open_split(cfg, "val")
     out, device, degrade = Path(cfg.out or f"runs/sft_{cfg.task}"), pick_device(cfg.device), get_task(cfg.task)
     if cfg.dtype == "float16":
         raise UserError("--dtype float16: small gradients vanish in it; train with bfloat16 or float32")
     for name in (cfg.dtype, cfg.store):
         if name not in DTYPES:
             raise UserError(f"--dtype/--store {name}: unknown; choose one of {', '.join(DTYPES)}")
-    on_disk = (cfg.lq, cfg.hq, cfg.match, cfg.dataset, cfg.root)
-    source, watched = ([load_pairs(split, *on_disk) for split in ("train", "val")] if cfg.lq or cfg.hq or cfg.dataset
-                       else [photographs(split, cfg.data, cfg.size) for split in ("train", "val")])
     degrade = None if isinstance(source, Pairs) else degrade
     restorer = (load(cfg.model, device, cfg.dtype) if cfg.model
                 else PixelRestorer.create(seed=cfg.seed).to(device, DTYPES[cfg.dtype]))
@@ -190,12 +186,7 @@ def train(cfg):
     # results: the averaged weights, on validation photographs
     restorer.net.load_state_dict(average.module.state_dict())
     restorer.save(out / "model", DTYPES[cfg.store])
-    if degrade is None:
-        lq, hq = pair_crops(watched, 64, cfg.size, generator(cfg.seed, 3), workers=cfg.workers)
-    else:
-        hq = grid_crops(watched, 64, cfg.size, generator(cfg.seed, 3))[0]
-        lq = degrade(hq, generator(cfg.seed, 4))[0]
-    lq, hq = lq.to(device), hq.to(device)
+    lq, hq, _ = held_out(cfg.task, watched, 64, cfg.size, device)
     scores, restored = evaluate(restorer, lq, hq, {}, restorer.defaults["steps"], restorer.defaults["eta"], [0])
     baseline, _ = evaluate(None, lq, hq, {}, 0, 0, [0])
     save_curves(out / "curves.png", rows, "step", ["loss", "grad_norm", "lr"])

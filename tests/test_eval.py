@@ -15,7 +15,7 @@ from utils import UserError, generator, read_image, write_image
 
 
 def test_a_result_does_not_depend_on_the_batch(tiny_restorer):
-    lq, hq, names = held_out("sr", "", "val", 5, 64, "cpu")
+    lq, hq, names = held_out("sr", photographs("val"), 5, 64, "cpu")
     restorer = tiny_restorer()
     together, images = evaluate(restorer, lq, hq, {}, 3, 1.0, [0, 1], batch=5)
     apart, _ = evaluate(restorer, lq, hq, {}, 3, 1.0, [0, 1], batch=2)
@@ -26,7 +26,7 @@ def test_a_result_does_not_depend_on_the_batch(tiny_restorer):
 
 
 def test_without_a_restorer_the_input_is_scored():
-    lq, hq, _ = held_out("sr", "", "val", 3, 64, "cpu")
+    lq, hq, _ = held_out("sr", photographs("val"), 3, 64, "cpu")
     scores, images = evaluate(None, lq, hq, {"mean": lambda x, refs: x.mean((1, 2, 3))}, 0, 0.0, [0])
     assert torch.equal(images, lq)
     torch.testing.assert_close(scores["mean"], lq.mean((1, 2, 3)))
@@ -70,7 +70,7 @@ def test_pictures_are_written(tmp_path):
 def test_evaluate_equals_its_plain_loop(tiny_restorer):
     from reward import psnr, psnr_y, ssim
     from sample import rollout
-    lq, hq, _ = held_out("sr", "", "val", 3, 64, "cpu")
+    lq, hq, _ = held_out("sr", photographs("val"), 3, 64, "cpu")
     restorer = tiny_restorer()
     scores, images = evaluate(restorer, lq, hq, {"mean": lambda x, refs: x.mean((1, 2, 3))}, 3, 1.0, [0, 4], batch=2)
     totals = {name: torch.zeros(3) for name in scores}
@@ -157,7 +157,7 @@ def test_paired_interval_is_that_of_scipy():
 
 
 def test_rows_hold_baselines_and_diversity(tiny_restorer):
-    lq, hq, _ = held_out("sr", "", "val", 3, 64, "cpu")
+    lq, hq, _ = held_out("sr", photographs("val"), 3, 64, "cpu")
     restorer, metrics = tiny_restorer(), reference_metrics("rgb", 0) | {"mean": lambda x, r: x.mean((1, 2, 3))}
     models = {"lq": (None, 0, 0.0, False), "m": (restorer, 3, 1.0, True)}
     rows = measure(models, [(lq[:2], hq[:2]), (lq[2:], hq[2:])], metrics, range(3), on_hq=["mean"])
@@ -266,6 +266,6 @@ def test_held_out_crops_of_pairs_are_fixed(tmp_path):
         write_image(tmp_path / "hq" / f"{index}.png", hq)
         write_image(tmp_path / "lq" / f"{index}.png", hq / 2)
     pairs = load_pairs("all", tmp_path / "lq", tmp_path / "hq")
-    lq, hq, names = held_out("", "", "test", 5, 32, "cpu", pairs)
-    assert torch.equal(lq, held_out("", "", "test", 5, 32, "cpu", pairs)[0]) and len(set(names)) == 5
+    lq, hq, names = held_out("", pairs, 5, 32, "cpu")
+    assert torch.equal(lq, held_out("", pairs, 5, 32, "cpu")[0]) and len(set(names)) == 5
     assert (lq - hq / 2).abs().max() < 0.02
