@@ -46,7 +46,7 @@ def test_without_a_constraint_the_optimizer_is_torch_adamw(gen):
     start, target = torch.randn(2, 5, 3, generator=gen)
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
     optimizers = (ConstrainedAdamW([ours], lr=0.03, weight_decay=0.1),
-                  torch.optim.AdamW([theirs], lr=0.03, weight_decay=0.1))
+                  torch.optim.AdamW([theirs], lr=0.03, betas=(0.9, 0.98), weight_decay=0.1))
     for step in range(20):
         for p, optimizer in zip((ours, theirs), optimizers):
             optimizer.zero_grad()
