@@ -255,32 +255,55 @@ def save_curves(path, rows, x, keys):
         figure.savefig(temporary)
 
 
+def crop_errors(folder):
+    """Standard errors over the crops of a run's scores.csv: {metric: of the change from SFT to RL}; {} without one."""
+    import csv
+    if not (folder / "scores.csv").exists():
+        return {}
+    with open(folder / "scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    scores = {(name, key): torch.tensor([float(row[key]) for row in rows if row["model"] == name], dtype=torch.float64)
+              for name in ("sft", "rl") for key in ("judge", "judge2", "psnr_y", "ssim")}
+    return {key: mean_se(scores["rl", key] - scores["sft", key])[1] for name, key in scores if name == "rl"}
+
+
 def aggregate(folders):
-    """Summaries of runs named NAME-SEED -> Markdown lines, a row per NAME: change from SFT to RL, mean ± standard
-    error over seeds. gap closed is of the first judge. Raises UserError for a folder without a summary."""
+    """Runs of rl.py, in folders named NAME-SEED -> Markdown, two tables with a row per NAME: the changes from SFT to
+    RL, mean ± standard error over the runs, or over the crops where there is one run only; and the scores, means over
+    the runs. gap closed is of the first judge. Raises UserError for a folder without a summary."""
     import json
 
     from utils import UserError
-    groups = {}
+    groups, digits = {}, {"gap closed": 0, "judge": 3, "judge2": 3, "psnr_y": 2, "ssim": 4}
     for folder in map(Path, folders):
         try:
             runs = json.loads((folder / "summary.json").read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: no readable summary.json ({error}); give runs that rl.py has ended") from None
-        sft, rl = runs["sft"], runs["rl"]
-        change = {"gap closed": 100 * gap_closed(rl["judge"], sft["judge"], runs["hq"]["judge"])}
-        change |= {key: rl[key] - sft[key] for key in ("judge", "judge2", "psnr_y", "ssim")}
-        groups.setdefault(folder.name.rsplit("-", 1)[0], []).append(change)
-    lines = ["| run | seeds | gap closed, % | judge | judge2 | PSNR-Y, dB | SSIM |", "|---|---|---|---|---|---|---|"]
-    for name, changes in groups.items():
+        gap, error = runs["hq"]["judge"] - runs["sft"]["judge"], crop_errors(folder)
+        change = {key: runs["rl"][key] - runs["sft"][key] for key in digits if key != "gap closed"}
+        error |= {"gap closed": 100 * error["judge"] / gap} if error else {}
+        groups.setdefault(folder.name.rsplit("-", 1)[0], []).append(
+            (runs, {"gap closed": 100 * gap_closed(change["judge"], 0, gap)} | change, error))
+
+    changes = ["| run | seeds | gap closed, % | judge | judge2 | PSNR-Y, dB | SSIM |", "|---|---|---|---|---|---|---|"]
+    scores = ["| run | judge: lq, SFT, RL, hq | judge2: lq, SFT, RL, hq | PSNR-Y: lq, SFT, RL | SSIM: lq, SFT, RL |",
+              "|---|---|---|---|---|"]
+    for name, group in groups.items():
         cells = []
-        for key, digits in (("gap closed", 0), ("judge", 3), ("judge2", 3), ("psnr_y", 2), ("ssim", 4)):
-            values = torch.tensor([change[key] for change in changes])
-            spread = f" ± {values.std() / math.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
-            worst = f" ({', '.join(f'{v:.{digits}f}' for v in values)})" if key in ("gap closed", "psnr_y") else ""
-            cells.append(f"{values.mean():+.{digits}f}{spread}{worst}")
-        lines.append(f"| {name} | {len(changes)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for key, places in digits.items():
+            values = torch.tensor([change[key] for _, change, _ in group])
+            error = mean_se(values)[1] if len(group) > 1 else group[0][2].get(key, math.nan)
+            spread = f" ± {error:.{places}f}" if math.isfinite(error) else ""
+            each = f" ({', '.join(f'{v:.{places}f}' for v in values)})"
+            cells.append(f"{values.mean():+.{places}f}{spread}" + (
+                each if len(group) > 1 and key in ("gap closed", "psnr_y") else ""))
+        changes.append(f"| {name} | {len(group)} | " + " | ".join(cells) + " |")
+        means = {key: [sum(runs[row][key] for runs, _, _ in group) / len(group) for row in ("lq", "sft", "rl", "hq")
+                       if group[0][0][row][key] is not None] for key in digits if key != "gap closed"}
+        scores.append(f"| {name} | " + " | ".join(
+            ", ".join(f"{value:.{digits[key]}f}" for value in row) for key, row in means.items()) + " |")
+    return "\n".join(changes) + "\n\n" + "\n".join(scores)
 
 
 @dataclass

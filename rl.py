@@ -99,8 +99,8 @@ class ConstrainedAdamW(torch.optim.Optimizer):
     needs no scale and no memory: a penalty or dual ascent answers late here, and the drop swings about the limit.
     min(0, .): where the loss promises to lower the drop by itself, it is not believed, because h is of training inputs.
     h is kept out of v: it is often longer than g, and would shrink the steps long after it is needed.
-    beta2 is 0.98, an average over 25 iterations of two steps: as w falls, the gradient shrinks to a third of its first length, and a v
-    that remembers the whole run would shorten all later steps as much.
+    beta2 is 0.98, an average over 25 iterations of two steps: as w falls, the gradient shrinks to a third of its first
+    length, and a v that remembers the whole run would shorten all later steps as much.
     Without set_constraint, and as long as the step would not go too far towards the limit, this is torch.optim.AdamW.
     """
 
@@ -638,9 +638,9 @@ def train(cfg):
 
 
 def report(cfg, reference, restorer, out, lq, hq, judges):
-    """Table, picture and summary.json: the SFT restorer against the new one on held-out test images."""
+    """Table, picture, scores.csv and summary.json: the SFT restorer against the new one on held-out test images."""
     import eval
-    from utils import write_json
+    from utils import write_json, write_rows
     rows, images = eval.compare({"sft": reference, "rl": restorer}, lq, hq, judges, batch=min(32, cfg.micro_batch))
     print(eval.format_table(rows))
     means = {name: {key: eval.mean_se(row[key])[0] if key in row else None
@@ -648,6 +648,8 @@ def report(cfg, reference, restorer, out, lq, hq, judges):
     closed = eval.gap_closed(*(means[name]["judge"] for name in ("rl", "sft", "hq")))
     print(f"judge gap closed {closed:.0%}   psnr_y {means['rl']['psnr_y'] - means['sft']['psnr_y']:+.2f} dB   "
           f"ssim {means['rl']['ssim'] - means['sft']['ssim']:+.4f}")
+    write_rows(out / "scores.csv", [{"model": name, "crop": i} | {key: row[key][i].item() for key in row}
+                                    for name, row in rows.items() for i in range(len(lq))])
     write_json(out / "summary.json", means)
     order = (rows["hq"]["judge"] - rows["sft"]["judge"]).argsort(descending=True)
     picks = order[torch.linspace(0, len(order) - 1, min(6, len(order))).long()]  # from the hardest to the easiest
@@ -655,7 +657,7 @@ def report(cfg, reference, restorer, out, lq, hq, judges):
                    {name: [f"judge {rows[name]['judge'][i]:.2f}" + (
                        f"  {rows[name]['psnr_y'][i]:.1f} dB" if name != "hq" else "") for i in picks]
                     for name in ("lq", "sft", "rl", "hq")})
-    print(f"wrote {out}: model/, summary.json, metrics.csv, curves.png, before_after.png")
+    print(f"wrote {out}: model/, summary.json, scores.csv, metrics.csv, curves.png, before_after.png")
     return means
 
 

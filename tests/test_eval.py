@@ -11,7 +11,7 @@ import eval
 from data import degrade_sr, get_task, load_pairs, photographs, random_crops
 from eval import (aggregate, busiest, evaluate, format_differences, format_table, gap_closed, held_out, mean_se,
                   measure, on_tiles, paired, reference_metrics, save_curves, save_grid, score, shaved, with_inset)
-from utils import UserError, generator, read_image, write_image
+from utils import UserError, generator, read_image, write_image, write_rows
 
 
 def test_a_result_does_not_depend_on_the_batch(tiny_restorer):
@@ -46,14 +46,20 @@ def test_table_shows_what_is_there():
 
 
 def test_runs_are_summed_up_by_name(tmp_path):
-    for seed, judge in ((0, 0.7), (1, 0.8)):
-        folder = tmp_path / f"default-{seed}"
+    row = {"judge": 0.6, "judge2": 0.5, "psnr_y": 30.0, "ssim": 0.8}
+    for name, judge in (("default-0", 0.7), ("default-1", 0.8), ("alone-0", 0.7)):
+        folder = tmp_path / name
         folder.mkdir()
-        row = {"judge": 0.6, "judge2": 0.5, "psnr_y": 30.0, "ssim": 0.8}
         (folder / "summary.json").write_text(json.dumps({
-            "sft": row, "rl": row | {"judge": judge, "psnr_y": 29.9}, "hq": {"judge": 0.8, "judge2": 0.8}}))
-    text = aggregate([tmp_path / "default-0", tmp_path / "default-1"])
+            "lq": row | {"judge": 0.1}, "sft": row, "rl": row | {"judge": judge, "psnr_y": 29.9},
+            "hq": {"judge": 0.8, "judge2": 0.8, "psnr_y": None, "ssim": None}}))
+    write_rows(tmp_path / "alone-0" / "scores.csv", [
+        {"model": model, "crop": i, **row, "judge": judge} for model, scores in (("sft", (0.5, 0.7)), ("rl", (0.6, 0.9)))
+        for i, judge in enumerate(scores)])
+    text = aggregate([tmp_path / "default-0", tmp_path / "default-1", tmp_path / "alone-0"])
     assert "| default | 2 | +75 ± 25 (50, 100) | +0.150 ± 0.050 |" in text and "-0.10 ± 0.00" in text
+    assert "| alone | 1 | +50 ± 25 | +0.100 ± 0.050 | +0.000 ± 0.000 |" in text  # over crops: 0.1 and 0.2
+    assert "| default | 0.100, 0.600, 0.750, 0.800 | 0.500, 0.500, 0.500, 0.800 | 30.00, 30.00, 29.90 |" in text
     with pytest.raises(UserError, match="summary.json"):
         aggregate([tmp_path])
 

@@ -34,7 +34,7 @@ def test_rl_leaves_everything_it_promises(tmp_path, photo_folder):
     done = script(*words)
     assert done.returncode == 0, done.stderr
     assert not stray(done.stdout + done.stderr)
-    assert {"config.json", "metrics.csv", "curves.png", "before_after.png", "summary.json", "model"} <= {
+    assert {"config.json", "metrics.csv", "curves.png", "before_after.png", "scores.csv", "summary.json", "model"} <= {
         f.name for f in tmp_path.iterdir()}
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary) == ["lq", "sft", "rl", "hq"]
