@@ -37,6 +37,7 @@ Chosen here:
 
 import copy
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -82,10 +83,11 @@ class Restorer:
     # ---- weights ----
 
     def train_only(self, part):
-        """Freezes all but a part: "all", or "modulation": normalizations, biases and time embeddings, which scale and
-        shift features at each noise level but learn no new filters."""
+        """Freezes all but a part: "all", or "modulation": normalizations and time embeddings, which scale and shift
+        features at each noise level but learn no new filters. Biases of convolutions would add nothing to that, and on
+        a CPU the gradient of one costs as much as that of its filters."""
         for name, p in self.net.named_parameters():
-            p.requires_grad_(part == "all" or "norm" in name or "time_emb" in name or name.endswith("bias"))
+            p.requires_grad_(part == "all" or "norm" in name or "time_emb" in name)
         self.names = [name for name, p in self.net.named_parameters() if p.requires_grad]
 
     def weights(self):
@@ -113,11 +115,16 @@ class Restorer:
         self.net.to(device)
         for name, module in self.frozen.items():
             if isinstance(module, torch.nn.Module) and name != "text_encoder":  # that one has done its work
-                # Stable Diffusion's VAE overflows in float16; the codes of a VQ model are looked up in float32
-                exact = "VQ" in type(module).__name__ or (name == "vae" and dtype == torch.float16)
-                torch.nn.Module.to(module, device, torch.float32 if exact else dtype)
+                torch.nn.Module.to(module, device, self.kept_in(name, dtype))
         self.dtype = dtype
         return self
+
+    @classmethod
+    def kept_in(cls, name, dtype):
+        """The dtype of a component's weights: Stable Diffusion's VAE overflows in float16, the codes of a VQ model are
+        looked up in float32, and the network trains in it."""
+        exact = name == "net" or "VQ" in cls.parts[name][1] or (name == "vae" and dtype == torch.float16)
+        return torch.float32 if exact else dtype
 
     @property
     def device(self):
@@ -159,11 +166,11 @@ class Restorer:
         for name in names:
             subfolder, kind = cls.parts[name]
             library = diffusers if hasattr(diffusers, kind) else transformers
-            typed = {"use_safetensors": True, "torch_dtype" if library is diffusers else "dtype":
-                     torch.float32 if name == "net" else dtype}
+            where = {"subfolder": subfolder, **options}
             if name == "tokenizer" or "scheduler" in name:
-                typed = {}
-            parts[name] = getattr(library, kind).from_pretrained(source, subfolder=subfolder, **typed, **options)
+                parts[name] = getattr(library, kind).from_pretrained(source, **where)
+            else:
+                parts[name] = load_weights(getattr(library, kind), source, cls.kept_in(name, dtype), **where)
         return parts
 
     @classmethod
@@ -191,6 +198,28 @@ class Restorer:
 
     def pipeline_options(self):
         return {}
+
+
+def load_weights(kind, source, dtype, **where):
+    """A network of diffusers or transformers from safetensors, or from those of half precision where a checkpoint has
+    no others; what lies there only as a pickle is refused. Missing weights are an error, never random numbers."""
+    import diffusers
+    own = issubclass(kind, diffusers.ModelMixin)
+    typed = {"use_safetensors": True, "output_loading_info": True, "torch_dtype" if own else "dtype": dtype}
+    try:
+        model, info = kind.from_pretrained(source, **typed, **where)
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        try:
+            model, info = kind.from_pretrained(source, variant="fp16", **typed, **where)
+        except (OSError, ValueError):
+            raise OSError(f"no .safetensors for {kind.__name__}; look for a --revision that has them, or convert the "
+                          "weights, where you trust them, with from_pretrained(..., use_safetensors=False) and "
+                          "save_pretrained") from None
+    if info["missing_keys"]:
+        raise OSError(f"{where.get('subfolder') or kind.__name__}: its weights lack {sorted(info['missing_keys'])[0]}")
+    return model
 
 
 def load_scheduler(source, options):
@@ -256,9 +285,10 @@ class LatentRestorer(Restorer):
 
     def encode(self, hq, lq=None):
         vae = self.frozen["vae"]
-        with torch.no_grad():
-            out = vae.encode(hq.to(vae.dtype))  # the mode, not a sample: the target of a pair is one latent
-        z0 = out.latents if hasattr(out, "latents") else out.latent_dist.mode()
+        with torch.no_grad():  # image by image, as in decode
+            outs = [vae.encode(image) for image in hq.to(vae.dtype).split(1)]
+        # the mode, not a sample: the target of a pair is one latent
+        z0 = torch.cat([out.latents if hasattr(out, "latents") else out.latent_dist.mode() for out in outs])
         return z0.float() * self.scaling
 
     def decode(self, z, lq=None):
@@ -449,8 +479,9 @@ PIPELINES = {"LDMSuperResolutionPipeline": "ldm-sr", "StableDiffusionPipeline": 
              "StableDiffusionControlNetPipeline": "sd-controlnet", "StableDiffusionUpscalePipeline": "sd-x4-upscaler"}
 
 
-def read_index(source, name, revision):
-    """The JSON file `name` of a folder or hub id as a dict, {} if there is none."""
+def read_index(source, name, revision, needed=True):
+    """The JSON file `name` of a folder or hub id as a dict, {} if there is none. needed: without network it must lie in
+    the hub's cache."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -460,6 +491,8 @@ def read_index(source, name, revision):
     try:
         return json.loads(Path(hf_hub_download(source, name, revision=revision)).read_text())
     except LocalEntryNotFoundError:
+        if not needed:  # without network, a cached checkpoint of diffusers' own has no such file
+            return {}
         raise UserError(f"--model {source}: not in the local cache, and no network; give a folder, or fetch it on a "
                         "machine with network") from None
     except EntryNotFoundError:
@@ -488,8 +521,14 @@ def load(name, device="cpu", dtype="float32", task="sr", revision=None, controln
     """
     from utils import UserError, quiet
     quiet()
-    from diffusers.utils import logging
-    logging.disable_progress_bar()  # "Loading weights" for each part
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    from reward import reason
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()  # "Loading weights" for each part
+    for teller in ("diffusers.models.modeling_utils", "huggingface_hub.utils._http"):  # what they log, they also raise
+        logging.getLogger(teller).setLevel(logging.CRITICAL)
     if "@" in name and not Path(name).exists():
         name, revision = name.split("@", 1)
     if dtype not in DTYPES:
@@ -502,19 +541,19 @@ def load(name, device="cpu", dtype="float32", task="sr", revision=None, controln
         else:
             restorer = open_source(source, revision, controlnet, DTYPES[dtype], settings)
         return restorer.to(device, DTYPES[dtype])
-    except torch.OutOfMemoryError:
-        raise UserError(f"--model {name}: not enough memory on {device}; use --dtype bfloat16 or a smaller "
-                        "model") from None
-    except (OSError, KeyError, ValueError, RuntimeError, TypeError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--model {source}: cannot be loaded ({first}); give a complete folder that sft.py, rl.py or "
-                        "diffusers has saved, or a hub id on a machine with network") from None
+    except UserError:
+        raise
+    except Exception as error:  # of diffusers, transformers, safetensors, the hub, the device: many kinds
+        remedy = ("give a complete folder that sft.py, rl.py or diffusers has saved, or a hub id on a machine with "
+                  "network")
+        raise UserError(f"--model {source}: {reason(error, device, remedy)}") from None
 
 
 def open_source(source, revision, controlnet, dtype, settings):
     """A restorer from a folder or hub id; its family from restorer.json, or from the pipeline that diffusers names."""
     from utils import UserError
-    kept, index = (read_index(source, file, revision) for file in ("restorer.json", "model_index.json"))
+    kept = read_index(source, "restorer.json", revision, needed=False)
+    index = read_index(source, "model_index.json", revision, needed=not kept)
     options = {"revision": revision} if revision else {}
     kind = kept.pop("family", None) or PIPELINES.get(index.get("_class_name"))
     if kind not in FAMILIES:
@@ -530,7 +569,7 @@ def open_source(source, revision, controlnet, dtype, settings):
         return family.from_folder(source, defaults, kept | settings, dtype, options)
     from diffusers import ControlNetModel
     parts = family.load_parts(source, [name for name in family.parts if name != "net"], dtype, options)
-    net = (ControlNetModel.from_pretrained(controlnet, torch_dtype=torch.float32, use_safetensors=True) if controlnet
+    net = (load_weights(ControlNetModel, controlnet, torch.float32) if controlnet
            else seeded(0, ControlNetModel.from_unet, parts["unet"]).float())
     return family(net, load_scheduler(source, options), parts, kept | settings, defaults)
 
@@ -560,13 +599,14 @@ class Config:
 def memory(restorer):
     """Bytes that RL needs before any activation, by arithmetic: {name: bytes}. Trained weights are float32, with a
     gradient, two moments of Adam, the gradient of the fidelity and its average, the running average of the weights and
-    the frozen reference; frozen parts are held once."""
+    the frozen reference; below float32, autocast keeps copies of two bytes. Frozen parts are held once."""
     trained = sum(p.numel() for p in restorer.weights()) * 4
     rest = sum(p.numel() for p in restorer.net.parameters()) * 4 - trained
     frozen = sum(p.numel() * p.element_size() for name, module in restorer.frozen.items()
                  if isinstance(module, torch.nn.Module) and name != "text_encoder" for p in module.parameters())
     return {"trained weights": trained, "gradients": trained, "Adam": 2 * trained, "fidelity": 2 * trained,
-            "average": trained, "reference": trained, "frozen": rest + frozen}
+            "average": trained, "reference": trained, "frozen": rest + frozen,
+            "autocast": 0 if restorer.dtype == torch.float32 else trained // 2}
 
 
 def bench(restorer, size, batch):
@@ -596,6 +636,7 @@ def bench(restorer, size, batch):
     z = torch.randn(restorer.latent_shape(lq), generator=generator).to(restorer.device)
     t = torch.full((batch,), 500, device=restorer.device)
     optimizer = ConstrainedAdamW(restorer.weights(), lr=1e-6)
+    held = restorer.frozen_copy(), restorer.frozen_copy()  # the reference and the average: their memory counts
     cfg = SimpleNamespace(steps=5, eta=1.0, micro_batch=5, gradient_checkpointing=restorer.checkpointing)
     share = torch.tensor([0.5, 0.5])
 
@@ -611,6 +652,7 @@ def bench(restorer, size, batch):
         torch.cuda.reset_peak_memory_stats()
     result["update, s"] = timed(update)
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
+    del held
     return result | {"peak memory of the update, GiB": peak}
 
 
@@ -618,6 +660,8 @@ def main():
     from utils import UserError, parse, pick_device
     cfg = parse(Config, description="Prints, makes or measures a restorer.")
     device = pick_device(cfg.device)
+    if not 0 <= cfg.noise_level <= 350:
+        raise UserError(f"--noise-level {cfg.noise_level}: must be from 0 to 350, what the upscaler was trained with")
     given = {"prompt": cfg.prompt, "guidance": cfg.guidance, "noise_level": cfg.noise_level}
     changed = {key: value for key, value in given.items() if value != getattr(Config, key)}
     if cfg.random:

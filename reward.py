@@ -130,7 +130,7 @@ def reason(error, device, remedy="give a complete folder, or a hub id on a machi
     """What stopped a model from loading and what to do, in one line."""
     text = str(error).strip() or type(error).__name__
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in text or "allocate memory" in text:
-        return f"not enough memory on {device}; take a smaller judge, --dtype bfloat16 or another device"
+        return f"not enough memory on {device}; take a smaller model, --dtype bfloat16 or another device"
     if "trust_remote_code" in text:
         return "it brings code of its own; read that code, then allow it with --trust-remote-code"
     if "Unrecognized configuration class" in text:

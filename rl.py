@@ -25,8 +25,8 @@ Chosen here:
     until the drop reaches nine tenths of --fidelity-budget, then the step slides along that limit. The gradient of
     the drop goes through the sampling chain, which is differentiable where a judge is not in practice, on training
     inputs; how far the limit is, is measured on validation photographs, because the training crops lose more.
- 6. --train modulation trains normalizations, biases and time embeddings, a ninth of the weights: they can sharpen and
-    calm every feature at every noise level, and collect less noise of the gradient than all weights do.
+ 6. --train modulation trains normalizations and time embeddings, a ninth of the weights: they can sharpen and calm
+    every feature at every noise level, and collect less noise of the gradient than all weights do.
  7. What is kept is a running average of the weights over the optimizer steps, and of these averages the one with the
     best reward on validation photographs within the budget there.
  8. Every random number belongs to (seed, iteration, sample), so that neither the micro-batch, nor the number of
@@ -185,9 +185,9 @@ class Config:
     views: Annotated[int, "symmetric views of an image, 1 to 8, whose rewards are averaged"] = 8
     memory: Annotated[int, "latest rewards of an input that its memory keeps"] = 16
     # update
-    train: Annotated[str, "weights that train: modulation (norms, biases, time embeddings) or all"] = "modulation"
+    train: Annotated[str, "weights that train: modulation (norms, time embeddings) or all"] = "modulation"
     updates: Annotated[int, "optimizer steps per rollout"] = 2
-    train_steps: Annotated[int, "denoising steps drawn for the update in each iteration; 0: all"] = 0
+    train_steps: Annotated[int, "denoising steps that the update trains, the noisiest first; 0: all"] = 0
     micro_batch: Annotated[int, "samples in memory at once"] = 64
     lr: Annotated[float, "peak learning rate of AdamW, see learning_rate"] = 4e-4
     clip_range: Annotated[float, "of the ratio of mean log-densities"] = 2e-3
@@ -345,12 +345,14 @@ def step_loss(restorer, reference, batch, k, share, cfg, noise):
 def fidelity_gradient(restorer, lq, hq, share, cfg, noise):
     """Gradient of minus the fidelity, share (2,) of PSNR-Y and of 20 SSIM, mean over inputs, through whole chains of
     fresh noise, one for each input: a list of one tensor per weight. Inputs go through in parts, because a chain keeps
-    all its steps in memory."""
+    all its steps in memory. The weights' own gradients stay as they are."""
     from torch.utils.checkpoint import checkpoint
 
     from sample import rollout
     weights = restorer.weights()
-    total = [torch.zeros_like(p) for p in weights]
+    kept = [p.grad for p in weights]
+    for p in weights:
+        p.grad = torch.zeros_like(p)  # sums up in place, where torch.autograd.grad would need a copy more
     part = max(1, cfg.micro_batch // cfg.steps)
 
     def predict(*inputs):
@@ -359,13 +361,19 @@ def fidelity_gradient(restorer, lq, hq, share, cfg, noise):
         z = rollout(restorer, lq[i:i + part], cfg.steps, cfg.eta, noise[i:i + part], keep=False, grad=True,
                     predict=predict if cfg.gradient_checkpointing else None).z[-1]
         loss = -(fidelity(restorer.decode(z, lq[i:i + part]), hq[i:i + part]) @ share.to(z)).sum() / len(lq)
-        torch._foreach_add_(total, torch.autograd.grad(loss, weights, materialize_grads=True))
+        loss.backward()
+    total = [p.grad for p in weights]
+    for p, gradient in zip(weights, kept):
+        p.grad = gradient
     return total
 
 
 def summed(gradients):
     """The gradients of all processes added up; one message, because many small ones are slow."""
+    from accelerate import PartialState
     from accelerate.utils import reduce
+    if PartialState().num_processes == 1:
+        return gradients
     flat = reduce(torch.cat([g.flatten() for g in gradients]), "sum")
     return [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients)]
 
@@ -373,12 +381,13 @@ def summed(gradients):
 def update(restorer, reference, average, optimizer, batches, total, excess, cfg, noise):
     """`cfg.updates` optimizer steps on collected batches. Returns the means of what was logged, the ratio error first.
 
-    Each optimizer step gets its own part of the drawn denoising steps; a micro-batch is one step in one batch. total:
-    samples in them and in those of other processes. excess (2,): drop - budget, or None without a budget.
+    Each optimizer step gets its own part of the denoising steps; a micro-batch is one step in one batch. The gradient
+    of the fidelity, like the drop, is that of the first of them. total: samples in the batches of all processes.
+    excess (2,): drop - budget, or None without a budget.
     noise(*stream, inputs=False): the generator of a purpose, or a list of them, one for each input of this process.
     """
-    usable = batches[0]["trajectory"].stochastic.nonzero().flatten().cpu()
-    drawn = usable[torch.randperm(len(usable), generator=noise(0))][:cfg.train_steps or None]
+    usable = batches[0]["trajectory"].stochastic.nonzero().flatten().cpu()[:cfg.train_steps or None]
+    drawn = usable[torch.randperm(len(usable), generator=noise(0))]
     parts, repeats, logs = drawn.tensor_split(min(cfg.updates, len(drawn))), cfg.samples_per_input, []
     lq, hq = (torch.cat([batch[key] for batch in batches])[::repeats] for key in ("lq", "hq"))
     for index, part in enumerate(parts):
@@ -401,10 +410,12 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
                             "the last checkpoint")
         logs[-1]["grad_norm"] = grad_norm.item()
         if excess is not None:
-            share = (excess / 0.05).softmax(0)  # the quantity nearer to its limit, with a soft change between the two
-            gradient = fidelity_gradient(restorer, lq, hq, share, cfg, noise(2, index, inputs=True))
-            ways = total / repeats / len(lq)  # processes: the mean over the inputs of all
-            optimizer.set_constraint(summed([g / ways for g in gradient]), excess.max().item())
+            if index == 0:
+                share = (excess / 0.05).softmax(0)  # the quantity nearer to its limit, with a soft change between them
+                of_drop = fidelity_gradient(restorer, lq, hq, share, cfg, noise(2, inputs=True))
+                torch._foreach_div_(of_drop, total / repeats / len(lq))  # processes: the mean over the inputs of all
+                of_drop = summed(of_drop)
+            optimizer.set_constraint(of_drop, excess.max().item())
         optimizer.step()
         if excess is not None:
             logs[-1]["constraint"] = optimizer.multiplier
@@ -435,13 +446,13 @@ def measure_scale(scorer, restorer, pool, cfg, world):
 
     from sample import rollout
     from utils import generator
-    lq, hq = pool
+    device = restorer.device
     for part in own_share(torch.arange(cfg.pool), world).split(cfg.micro_batch):
-        own = [generator(cfg.seed, 25, i) for i in part.tolist()]
-        z = rollout(restorer, lq[part], cfg.steps, cfg.eta, own, keep=False).z[-1]
+        own, (lq, hq) = [generator(cfg.seed, 25, i) for i in part.tolist()], (x[part].to(device) for x in pool)
+        z = rollout(restorer, lq, cfg.steps, cfg.eta, own, keep=False).z[-1]
         with torch.no_grad():
-            scorer.observe(restorer.decode(z, lq[part]), hq[part]), scorer.observe(hq[part], hq[part])
-    scorer.update(lambda pending: reduce(pending.to(lq.device), "sum") if world.num_processes > 1 else pending)
+            scorer.observe(restorer.decode(z, lq), hq), scorer.observe(hq, hq)
+    scorer.update(lambda pending: reduce(pending.to(device), "sum") if world.num_processes > 1 else pending)
     scorer.freeze()
 
 
@@ -452,13 +463,13 @@ def measure_pool(restorer, judge, pool, cfg, world, memory, difficulty):
     from tqdm import tqdm
 
     from utils import generator
-    repeats, batches, lq, hq = 2, [], *pool
+    repeats, batches = 2, []
     ids = torch.arange(cfg.pool).repeat_interleave(repeats)
     for part in tqdm(own_share(torch.arange(len(ids)), world).split(max(repeats, cfg.micro_batch // repeats * repeats)),
                      desc="baseline", unit="batch", disable=not world.is_main_process):
         own = [generator(cfg.seed, 23, i) for i in part.tolist()]
-        batch = collect(restorer, judge, lq[ids[part]], hq[ids[part]], cfg, own)
-        cap = judge(batch["hq"][::repeats], batch["hq"][::repeats]).to(lq.device).repeat_interleave(repeats)
+        batch = collect(restorer, judge, *(x[ids[part]].to(restorer.device) for x in pool), cfg, own)
+        cap = judge(batch["hq"][::repeats], batch["hq"][::repeats]).to(restorer.device).repeat_interleave(repeats)
         batches.append({"rewards": batch["rewards"], "cap": cap, "distance": distances(batch, cap, cfg.distance)})
     cap, distance = (everyone([b[key] for b in batches]) for key in ("cap", "distance"))
     keys = [str(i) for i in ids.tolist()]
@@ -508,7 +519,8 @@ def train(cfg):
     reference, average = restorer.frozen_copy(), restorer.frozen_copy()
     optimizer = ConstrainedAdamW(restorer.weights(), lr=cfg.lr)
     best = {name: value.cpu().clone() for name, value in reference.state_dict().items()}
-    scorer = load_reward(cfg.reward, cfg.reward_device or device, trust_remote_code=cfg.trust_remote_code)
+    reward_device = pick_device(cfg.reward_device, "--reward-device") if cfg.reward_device else device
+    scorer = load_reward(cfg.reward, reward_device, trust_remote_code=cfg.trust_remote_code)
     judge = symmetric(scorer, cfg.views)
     memory, difficulty = RewardMemory(cfg.memory), Difficulty(cfg.weight)
     fixed = generator(cfg.seed, 20)
@@ -517,7 +529,7 @@ def train(cfg):
     else:
         hq = random_crops(sources["train"], cfg.pool, cfg.size, fixed)
         lq = degrade(hq, fixed)[0]
-    pool = (lq.to(device), hq.to(device))
+    pool = (lq, hq)  # not on the device: a pool of large crops would fill it
     modules = {"net": restorer, "average": average,
                "best": SimpleNamespace(state_dict=lambda: best, load_state_dict=best.update)}
     lq, hq = held_out(cfg.task, sources["val"], 64, cfg.size, device)[:2]
@@ -573,7 +585,7 @@ def train(cfg):
         keys, cap, batches = [str(i) for i in ids.tolist()], reward_hq[ids.to(device)], []
         for part in places.split(max(repeats, cfg.micro_batch // repeats * repeats)):
             own = [generator(cfg.seed, 22, iteration, i) for i in part.tolist()]
-            batches.append(collect(restorer, judge, pool[0][ids[part]], pool[1][ids[part]], cfg, own))
+            batches.append(collect(restorer, judge, *(x[ids[part]].to(device) for x in pool), cfg, own))
 
         # advantage from the memory of each input, over all processes
         rewards = {k: everyone([b["rewards"][k] for b in batches]) for k in batches[0]["rewards"]}
@@ -634,6 +646,7 @@ def train(cfg):
     print(f"kept the weights of iteration {chosen_at}, the best on validation photographs")
     crops = held_out(cfg.task, sources["test"], 64, cfg.size, device)[:2]
     judges = {name: watchers.get(name, scorer) for name in ("judge", "judge2")}
+    judges |= {} if cfg.reward == "judge" else {"reward": scorer}
     return report(cfg, reference, average, out, *crops, judges)
 
 
@@ -645,8 +658,9 @@ def report(cfg, reference, restorer, out, lq, hq, judges):
     print(eval.format_table(rows))
     means = {name: {key: eval.mean_se(row[key])[0] if key in row else None
                     for key in ("judge", "judge2", "psnr_y", "ssim")} for name, row in rows.items()}
-    closed = eval.gap_closed(*(means[name]["judge"] for name in ("rl", "sft", "hq")))
-    print(f"judge gap closed {closed:.0%}   psnr_y {means['rl']['psnr_y'] - means['sft']['psnr_y']:+.2f} dB   "
+    closed = "   ".join(f"{name} gap closed {eval.gap_closed(*(rows[r][name].mean() for r in ('rl', 'sft', 'hq'))):.0%}"
+                        for name in ("judge", "reward") if name in judges)
+    print(f"{closed}   psnr_y {means['rl']['psnr_y'] - means['sft']['psnr_y']:+.2f} dB   "
           f"ssim {means['rl']['ssim'] - means['sft']['ssim']:+.4f}")
     write_rows(out / "scores.csv", [{"model": name, "crop": i} | {key: row[key][i].item() for key in row}
                                     for name, row in rows.items() for i in range(len(lq))])

@@ -147,14 +147,14 @@ def load_checkpoint(path, modules, optimizer, generators):
     return info
 
 
-def pick_device(name):
+def pick_device(name, flag="--device"):
     """'auto' -> cuda, mps or cpu, whichever is there. Raises UserError for a device this machine lacks."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(1, device=name)
     except Exception as error:
-        raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from None
+        raise UserError(f"{flag} {name}: not usable here ({str(error).splitlines()[0]}); try cpu") from None
     return name
 
 
@@ -196,16 +196,19 @@ def quiet():
 
 
 def run_main(main):
-    """Runs a script's main(): UserError or too little GPU memory -> one line on stderr and exit code 2, Ctrl-C -> 130,
-    no traceback."""
+    """Runs a script's main(): UserError or too little memory -> one line on stderr and exit code 2, Ctrl-C -> 130, no
+    traceback."""
     quiet()
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except torch.OutOfMemoryError as error:
-        print(f"error: not enough GPU memory ({str(error).splitlines()[0]}); lower --micro-batch, --batch, --size or "
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, as is its like on a CPU
+        text = (str(error).splitlines() or ["MemoryError"])[0]
+        if not isinstance(error, MemoryError) and "out of memory" not in text and "allocate memory" not in text:
+            raise
+        print(f"error: not enough memory ({text}); lower --micro-batch, --batch, --size or "
               "--tile, or use --dtype bfloat16 and, where there is one, --gradient-checkpointing", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
