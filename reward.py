@@ -199,7 +199,8 @@ class MLLM:
                                                   **({"add_vision_id": True} if vision_id else {}))
 
     @classmethod
-    def from_pretrained(cls, source, device="cpu", dtype="auto", trust_remote_code=False, subfolder="", **options):
+    def from_pretrained(cls, source, device="cpu", dtype="auto", trust_remote_code=False, subfolder="", revision=None,
+                        **options):
         """source: a folder or hub id with model, tokenizer and processor. Raises UserError if it cannot be loaded."""
         from transformers import AutoModelForImageTextToText, AutoProcessor
         from transformers.utils import logging as transformers_logging
@@ -208,7 +209,7 @@ class MLLM:
         transformers_logging.disable_progress_bar()  # "Loading weights" for a single small file
         if source.startswith(("/", ".", "~")) and not Path(source := str(Path(source).expanduser())).is_dir():
             fail(f"judge {source}: no such folder")
-        where = dict(subfolder=subfolder, trust_remote_code=trust_remote_code)
+        where = dict(subfolder=subfolder, trust_remote_code=trust_remote_code, revision=revision or "main")
         try:
             processor = AutoProcessor.from_pretrained(source, **where)
             if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
@@ -238,7 +239,7 @@ class MLLM:
 class MLLMJudge(MLLM):
     """Scores images by the level words, one forward pass per image, batched."""
 
-    OPTIONS = {"prompt": str, "stem": str, "batch": int, "levels": lambda text: tuple(text.split(",")),
+    OPTIONS = {"prompt": str, "stem": str, "batch": int, "revision": str, "levels": lambda text: tuple(text.split(",")),
                "values": lambda text: tuple(map(float, text.split(",")))}
 
     def __init__(self, model, processor, prompt=PROMPT, stem=STEM, levels=LEVELS, values=None, **options):
@@ -270,7 +271,7 @@ class RatingJudge(MLLM):
     such a sample no weight, or stops. A number in its place would be a reward for confusing the judge.
     """
 
-    OPTIONS = {"prompt": str, "batch": int, "tokens": int}
+    OPTIONS = {"prompt": str, "batch": int, "revision": str, "tokens": int}
 
     def __init__(self, model, processor, prompt, form, tokens=1024, **options):
         from transformers import GenerationConfig
@@ -435,8 +436,8 @@ def terms(name):
 def load(name, device="cpu", dtype="auto", trust_remote_code=False, **options):
     """A reward by its name (see the top of this file). Raises UserError for an unknown one, or one that cannot load.
 
-    dtype: auto, float32, bfloat16 or float16. options: prompt, stem, levels, values, batch, tokens of a single judge,
-    as strings or as Python values; in a sum they stand in the name.
+    dtype: auto, float32, bfloat16 or float16. options: prompt, stem, levels, values, batch, revision, tokens of one
+    judge, as strings or as Python values; in a sum they stand in the name.
     """
     parts = terms(name)
     if trust_remote_code:

@@ -23,8 +23,9 @@ Chosen here:
     noise (reward.symmetric).
  5. Fidelity is a constraint, not a reward, and each step is a constrained one (ConstrainedAdamW): the loss decides
     until the drop reaches nine tenths of --fidelity-budget, then the step slides along that limit. The gradient of
-    the drop goes through the sampling chain, which is differentiable where a judge is not in practice, on training
-    inputs; how far the limit is, is measured on validation photographs, because the training crops lose more.
+    the drop, that of SSIM, goes through the sampling chain, which is differentiable where a judge is not in practice,
+    on training inputs; how far the limit is, is measured on validation photographs, because the training crops lose
+    more.
  6. --train modulation trains normalizations and time embeddings, a ninth of the weights: they can sharpen and calm
     every feature at every noise level, and collect less noise of the gradient than all weights do.
  7. What is kept is a running average of the weights over the optimizer steps, and of these averages the one with the
@@ -411,8 +412,8 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
         logs[-1]["grad_norm"] = grad_norm.item()
         if excess is not None:
             if index == 0:
-                # that of SSIM, whichever limit is felt: it restores PSNR as well (cosine 0.93 between the two gradients)
-                # and takes less of the reward, which prefers anything to the blur that PSNR asks for
+                # that of SSIM, whichever limit is felt: it restores PSNR as well (their cosine is 0.93) and takes less of
+                # the reward, which prefers anything to the blur that PSNR asks for
                 share = torch.tensor([0.0, 1.0])
                 of_drop = fidelity_gradient(restorer, lq, hq, share, cfg, noise(2, inputs=True))
                 torch._foreach_div_(of_drop, total / repeats / len(lq))  # processes: the mean over the inputs of all

@@ -194,6 +194,20 @@ def test_prompt_stem_levels_and_values_are_options(folders):
         load("psnr", prompt="How good?")
 
 
+def test_a_judge_can_be_pinned_to_a_revision(monkeypatch):
+    import transformers
+    asked = []
+
+    def from_pretrained(source, **options):
+        asked.append((source, options["revision"]))
+        raise OSError("stop here")
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", from_pretrained)
+    for name in ("mllm:someone/judge?revision=abc", "mllm:someone/judge"):
+        with pytest.raises(UserError, match="stop here"):
+            load(name)
+    assert asked == [("someone/judge", "abc"), ("someone/judge", "main")]
+
+
 THINK = "<think>The {sky} is 2 of 5 <answer>1</answer></think>"
 
 
