@@ -412,8 +412,8 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
         logs[-1]["grad_norm"] = grad_norm.item()
         if excess is not None:
             if index == 0:
-                # that of SSIM, whichever limit is felt: it restores PSNR as well (their cosine is 0.93) and takes less of
-                # the reward, which prefers anything to the blur that PSNR asks for
+                # that of SSIM, whichever limit is felt: it restores PSNR as well (their cosine is 0.93) and takes less
+                # of the reward, which prefers anything to the blur that PSNR asks for
                 share = torch.tensor([0.0, 1.0])
                 of_drop = fidelity_gradient(restorer, lq, hq, share, cfg, noise(2, inputs=True))
                 torch._foreach_div_(of_drop, total / repeats / len(lq))  # processes: the mean over the inputs of all
