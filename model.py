@@ -84,10 +84,12 @@ class Restorer:
 
     def train_only(self, part):
         """Freezes all but a part: "all", or "modulation": normalizations and time embeddings, which scale and shift
-        features at each noise level but learn no new filters. Biases of convolutions would add nothing to that, and on
-        a CPU the gradient of one costs as much as that of its filters."""
+        features at each noise level but learn no new filters, and a ControlNet's last layers, which are zero at first
+        and let nothing through. Biases of convolutions would add little, and on a CPU the gradient of one costs as much
+        as that of its filters."""
+        parts = ("norm", "time_emb", "controlnet_down_blocks", "controlnet_mid_block")
         for name, p in self.net.named_parameters():
-            p.requires_grad_(part == "all" or "norm" in name or "time_emb" in name)
+            p.requires_grad_(part == "all" or any(word in name for word in parts))
         self.names = [name for name, p in self.net.named_parameters() if p.requires_grad]
 
     def weights(self):
