@@ -14,7 +14,7 @@ Chosen here:
  2. A model is sampled with the steps and the eta it was trained with, unless flags say otherwise.
  3. Color and border follow the literature of each task (CONVENTIONS) and are printed with every table, because they
     alone move PSNR by more than 1 dB. The script measures 8-bit images, as papers do; `evaluate`, which the trainings
-    call, takes floats, both color spaces and no border.
+    call, takes floats without a border: psnr_y on Y, psnr and ssim on RGB.
  4. Whole images go through tiles (sample.restore). The shipped judges learned crops of 64 x 64, so they score a whole
     image as the mean over its disjoint 64 x 64 tiles.
  5. For sr, lq has been enlarged bicubically: the row "lq" is the bicubic baseline, and is called so.
@@ -480,7 +480,7 @@ def main():
     if cfg.seeds < 1 or cfg.count < 0 or cfg.tile < 8 or cfg.color not in ("auto", "y", "rgb"):
         raise UserError(f"--seeds {cfg.seeds}, --count {cfg.count}, --tile {cfg.tile}, --color {cfg.color}: at least "
                         "1, 0 and 8, and one of auto, y, rgb")
-    if folders and all((Path(folder) / "summary.json").exists() for folder in folders):
+    if any((Path(folder) / "summary.json").exists() for folder in folders):
         print(aggregate(folders))
         return
     restorers = load_models(cfg, folders, device)

@@ -84,10 +84,10 @@ class Restorer:
 
     def train_only(self, part):
         """Freezes all but a part: "all", or "modulation": normalizations and time embeddings, which scale and shift
-        features at each noise level but learn no new filters, and a ControlNet's last layers, which are zero at first
-        and let nothing through. Biases of convolutions would add little, and on a CPU the gradient of one costs as much
-        as that of its filters."""
-        parts = ("norm", "time_emb", "controlnet_down_blocks", "controlnet_mid_block")
+        features at each noise level but learn no new filters, and what a ControlNet has on top of a UNet: layers for lq
+        and for its output that are zero at first and let nothing through. Biases of convolutions would add little, and
+        on a CPU the gradient of one costs as much as that of its filters."""
+        parts = ("norm", "time_emb", "controlnet_")
         for name, p in self.net.named_parameters():
             p.requires_grad_(part == "all" or any(word in name for word in parts))
         self.names = [name for name, p in self.net.named_parameters() if p.requires_grad]
@@ -590,7 +590,7 @@ class Config:
     noise_level: Annotated[int, "sd-x4-upscaler: noise of its low-resolution input, 0 to 350"] = 20
     out: Annotated[str, "folder to write the restorer to; empty: only print what it is"] = ""
     # measuring
-    bench: Annotated[bool, "measure seconds and memory of a rollout step and of an update"] = False
+    bench: Annotated[bool, "measure seconds of a rollout step and of an update, and its peak memory"] = False
     size: Annotated[int, "side of the restored image in pixels"] = 512
     batch: Annotated[int, "images at once"] = 1
     gradient_checkpointing: Annotated[bool, "compute activations again instead of keeping them"] = False

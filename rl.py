@@ -21,15 +21,15 @@ Chosen here:
  4. The reward is capped at the ground truth's own score: to be judged better than a real photograph is no merit. It
     is the mean over --views symmetric views, because most of what one view says among restorations of one input is
     noise (reward.symmetric).
- 5. Fidelity is a constraint, not a reward, and each step is a constrained one (ConstrainedAdamW): the loss decides
-    until the drop reaches nine tenths of --fidelity-budget, then the step slides along that limit. The gradient of
-    the drop, that of SSIM, goes through the sampling chain, which is differentiable where a judge is not in practice,
-    on training inputs; how far the limit is, is measured on validation photographs, because the training crops lose
-    more.
- 6. --train modulation trains normalizations and time embeddings, a ninth of the weights: they can sharpen and calm
-    every feature at every noise level, and collect less noise of the gradient than all weights do.
+ 5. Fidelity is a constraint, not a reward, and each step is a constrained one (ConstrainedAdamW): the loss decides as
+    long as a step goes no more than 0.3 of the way to the limit, nine tenths of --fidelity-budget; then the step slides
+    along it. The gradient is that of SSIM alone, on training inputs, through the sampling chain, which is
+    differentiable where a judge is not in practice. How far the limit is, is measured on validation photographs,
+    because the training crops lose more.
+ 6. --train modulation trains normalizations and time embeddings (Restorer.train_only), a ninth of the small restorer's
+    weights: they can sharpen and calm every feature at every noise level, and collect less noise of the gradient.
  7. What is kept is a running average of the weights over the optimizer steps, and of these averages the one with the
-    best reward on validation photographs within the budget there.
+    best reward on validation photographs within the budget there; without a budget, the last one.
  8. Every random number belongs to (seed, iteration, sample), so that neither the micro-batch, nor the number of
     processes, nor a resumed run changes it. Processes share out the inputs; rewards, memory and difficulty are
     gathered, gradients are summed once per optimizer step.
@@ -186,7 +186,7 @@ class Config:
     views: Annotated[int, "symmetric views of an image, 1 to 8, whose rewards are averaged"] = 8
     memory: Annotated[int, "latest rewards of an input that its memory keeps"] = 16
     # update
-    train: Annotated[str, "weights that train: modulation (norms, time embeddings) or all"] = "modulation"
+    train: Annotated[str, "weights that train: modulation (norms, time embeddings, see model.py) or all"] = "modulation"
     updates: Annotated[int, "optimizer steps per rollout"] = 2
     train_steps: Annotated[int, "denoising steps that the update trains, the noisiest first; 0: all"] = 0
     micro_batch: Annotated[int, "samples in memory at once"] = 64
@@ -195,10 +195,10 @@ class Config:
     kl_coef: Annotated[float, "beta, weight of the KL to the SFT restorer"] = 1e-5
     average: Annotated[float, "decay per optimizer step of the weight average that is saved; 0: the last weights"] = 0.9
     # RL against SFT
-    weight: Annotated[str, "baseline, running, or fixed:W (0: SFT loss only, 1: RL loss only)"] = "baseline"
+    weight: Annotated[str, "relative to the SFT model: baseline, the present one: running; or fixed:W"] = "baseline"
     distance: Annotated[str, "of difficulty: iqa_gap, mse or ssim"] = "iqa_gap"
     sft_coef: Annotated[float, "lambda, weight of the SFT loss"] = 1e-5
-    fidelity_budget: Annotated[float, "PSNR-Y in dB, and 20 SSIM, that RL may cost; -1: off"] = 0.2
+    fidelity_budget: Annotated[float, "PSNR-Y in dB, and a twentieth of it in SSIM, that RL may cost; -1: off"] = 0.2
     reward_mode: Annotated[str, "final, step, or step:K (every K-th denoising step is judged)"] = "final"
     # running
     resume: Annotated[bool, "go on from the last checkpoint in --out"] = False
@@ -384,7 +384,7 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
 
     Each optimizer step gets its own part of the denoising steps; a micro-batch is one step in one batch. The gradient
     of the fidelity, like the drop, is that of the first of them. total: samples in the batches of all processes.
-    excess (2,): drop - budget, or None without a budget.
+    excess (2,): drop - its limit, or None without a budget.
     noise(*stream, inputs=False): the generator of a purpose, or a list of them, one for each input of this process.
     """
     usable = batches[0]["trajectory"].stochastic.nonzero().flatten().cpu()[:cfg.train_steps or None]
@@ -646,7 +646,8 @@ def train(cfg):
         return None
     average.load_state_dict(best)
     average.save(out / "model")
-    print(f"kept the weights of iteration {chosen_at}, the best on validation photographs")
+    print(f"kept the weights of iteration {chosen_at}, " + (
+        "the best on validation photographs" if constrained else "the last, as there is no budget"))
     crops = held_out(cfg.task, sources["test"], 64, cfg.size, device)[:2]
     judges = {name: watchers.get(name, scorer) for name in ("judge", "judge2")}
     judges |= {} if cfg.reward == "judge" else {"reward": scorer}

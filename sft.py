@@ -1,4 +1,4 @@
-"""Supervised fine-tuning (SFT): the diffusion loss on pairs (lq, hq), and the training that made weights/.
+"""Supervised fine-tuning (SFT): the diffusion loss on pairs (lq, hq), and the training that made weights/sr.
 
   z_t  = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps,   z0 = encode(hq, lq),  eps ~ N(0, I),  t uniform
   loss = mean over C, H, W of (target - network(z_t, t, lq))^2
@@ -119,7 +119,7 @@ def batches(cfg, source, degrade, crops, steps):
 
 
 def train(cfg):
-    """Runs the SFT stage. Leaves config.json, metrics.csv, curves.png, before_after.png, model/ in cfg.out."""
+    """Runs the SFT stage. Leaves config.json, metrics.csv, checkpoint.safetensors, pictures and model/ in cfg.out."""
     from tqdm import tqdm
 
     from data import Pairs, get_task, open_split
