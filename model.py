@@ -571,8 +571,13 @@ def open_source(source, revision, controlnet, dtype, settings):
         return family.from_folder(source, defaults, kept | settings, dtype, options)
     from diffusers import ControlNetModel
     parts = family.load_parts(source, [name for name in family.parts if name != "net"], dtype, options)
-    net = (load_weights(ControlNetModel, controlnet, torch.float32) if controlnet
-           else seeded(0, ControlNetModel.from_unet, parts["unet"]).float())
+    if not controlnet:
+        net = seeded(0, ControlNetModel.from_unet, parts["unet"]).float()
+    else:
+        pinned = ""
+        if not Path(controlnet).exists():
+            controlnet, _, pinned = controlnet.partition("@")
+        net = load_weights(ControlNetModel, controlnet, torch.float32, **({"revision": pinned} if pinned else {}))
     return family(net, load_scheduler(source, options), parts, kept | settings, defaults)
 
 
@@ -584,10 +589,10 @@ class Config:
     revision: Annotated[str, "branch, tag or commit of a hub id"] = ""
     random: Annotated[bool, "random weights at the family's published shapes, nothing is downloaded"] = False
     # options that the saved restorer keeps
-    controlnet: Annotated[str, "sd-controlnet: a trained ControlNet, hub id or folder; empty: a copy of the UNet"] = ""
-    prompt: Annotated[str, "Stable Diffusion: text prompt"] = ""
-    guidance: Annotated[float, "Stable Diffusion: classifier-free guidance, 1: none"] = 1.0
-    noise_level: Annotated[int, "sd-x4-upscaler: noise of its low-resolution input, 0 to 350"] = 20
+    controlnet: Annotated[str, "sd-controlnet: trained ControlNet, as --model; empty: a copy of the UNet"] = ""
+    prompt: Annotated[str, "Stable Diffusion: text prompt; empty: as saved, a blank: none"] = ""
+    guidance: Annotated[float, "Stable Diffusion: classifier-free guidance, 1: none; 0: as saved, else 1"] = 0.0
+    noise_level: Annotated[int, "sd-x4-upscaler: noise of its input, 0 to 350; -1: as saved, else 20"] = -1
     out: Annotated[str, "folder to write the restorer to; empty: only print what it is"] = ""
     # measuring
     bench: Annotated[bool, "measure seconds of a rollout step and of an update, and its peak memory"] = False
@@ -662,7 +667,7 @@ def main():
     from utils import UserError, parse, pick_device
     cfg = parse(Config, description="Prints, makes or measures a restorer.")
     device = pick_device(cfg.device)
-    if not 0 <= cfg.noise_level <= 350:
+    if not -1 <= cfg.noise_level <= 350:
         raise UserError(f"--noise-level {cfg.noise_level}: must be from 0 to 350, what the upscaler was trained with")
     given = {"prompt": cfg.prompt, "guidance": cfg.guidance, "noise_level": cfg.noise_level}
     changed = {key: value for key, value in given.items() if value != getattr(Config, key)}

@@ -127,6 +127,7 @@ def test_save_and_load_give_identical_outputs(restorer, pair, tmp_path):
     restorer.save(tmp_path)
     loaded = model.load(str(tmp_path))
     assert type(loaded) is type(restorer) and loaded.defaults == restorer.defaults
+    assert loaded.settings == restorer.settings
     a, b = (r.decode(rollout(r, pair[0], 2, 1.0, generator(6)).z[-1], pair[0]) for r in (restorer, loaded))
     assert torch.equal(a, b)
 
@@ -215,7 +216,7 @@ def test_the_schedule_is_the_checkpoints(tmp_path):
         model.load(str(tmp_path))
 
 
-def test_plain_stable_diffusion_gets_a_controlnet_from_its_unet(tmp_path, pair):
+def test_plain_stable_diffusion_gets_a_controlnet_from_its_unet(tmp_path, monkeypatch):
     from diffusers import StableDiffusionPipeline
     whole = TINY["sd-controlnet"]()
     parts = {key: value for key, value in whole.frozen.items()}
@@ -227,6 +228,11 @@ def test_plain_stable_diffusion_gets_a_controlnet_from_its_unet(tmp_path, pair):
         assert torch.equal(p, dict(whole.frozen["unet"].down_blocks.named_parameters())[name])
     whole.net.save_pretrained(tmp_path / "controlnet")
     trained = model.load(str(tmp_path / "sd"), controlnet=str(tmp_path / "controlnet"))
+    monkeypatch.setattr(model, "load_weights", lambda kind, source, dtype, **where: pytest.fail(f"{source} {where}"))
+    with monkeypatch.context() as only:
+        only.setattr(model.SDControlNet, "load_parts", lambda *_: parts)
+        with pytest.raises(pytest.fail.Exception, match="someone/net {'revision': 'abc'}"):
+            model.open_source(str(tmp_path / "sd"), None, "someone/net@abc", torch.float32, {})
     assert all(torch.equal(a, b) for a, b in zip(trained.net.parameters(), whole.net.parameters()))
 
 
@@ -353,3 +359,17 @@ def test_no_network_is_said_in_one_line(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     with pytest.raises(UserError, match="no network"):
         model.load("ldm-sr")
+
+
+def test_options_are_kept_until_they_are_given_again(tmp_path, capsys, monkeypatch):
+    import sys
+    TINY["sd-x4-upscaler"]().save(tmp_path)
+    for words, expected in ((["--guidance", "2", "--prompt", "sharp", "--noise-level", "40"], ("sharp", 2.0, 40)),
+                            ([], ("sharp", 2.0, 40)), (["--guidance", "1", "--prompt", " "], (" ", 1.0, 40))):
+        monkeypatch.setattr(sys, "argv", ["model.py", "--model", str(tmp_path), "--out", str(tmp_path), *words])
+        model.main()
+        settings = json.loads((tmp_path / "restorer.json").read_text())
+        assert (settings["prompt"], settings["guidance"], settings["noise_level"]) == expected
+    monkeypatch.setattr(sys, "argv", ["model.py", "--model", str(tmp_path), "--noise-level", "351"])
+    with pytest.raises(UserError, match="350"):
+        model.main()
