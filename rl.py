@@ -34,7 +34,7 @@ Chosen here:
     processes, nor a resumed run changes it. Processes share out the inputs; rewards, memory and difficulty are
     gathered, gradients are summed once per optimizer step.
 
-    python rl.py --task sr                                                              # laptop, about 10 minutes
+    python rl.py --task sr                                                              # laptop, about 6 minutes
     python rl.py --task sr --model ldm-sr --reward qrealign-mini --data DIR --size 256 --dtype bfloat16  # one GPU
     accelerate launch --num_processes 8 rl.py --task sr --model ldm-sr --reward qrealign-mini --data DIR --inputs 64
 """
