@@ -282,7 +282,7 @@ def aggregate(folders):
             raise UserError(f"{folder}: no readable summary.json ({error}); give runs that rl.py has ended") from None
         gap, error = runs["hq"]["judge"] - runs["sft"]["judge"], crop_errors(folder)
         change = {key: runs["rl"][key] - runs["sft"][key] for key in digits if key != "gap closed"}
-        error |= {"gap closed": 100 * error["judge"] / gap} if error else {}
+        error |= {"gap closed": 100 * gap_closed(error["judge"], 0, gap)} if error else {}
         groups.setdefault(folder.name.rsplit("-", 1)[0], []).append(
             (runs, {"gap closed": 100 * gap_closed(change["judge"], 0, gap)} | change, error))
 

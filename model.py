@@ -26,7 +26,7 @@ Chosen here:
     (Salimans and Ho 2022, Nichol and Dhariwal 2021), "trailing" steps (Lin et al. 2024, arXiv 2305.08891).
  2. lq always has the size of hq. A restorer that wants it smaller takes the mean of the central 2 x 2 of each 4 x 4
     pixels, which undoes bicubic enlargement almost exactly (tests/test_model.py measures it).
- 3. Weights that train are float32, also under bf16 autocast (`dtype`); frozen modules are held in `dtype` itself.
+ 3. The network that trains is float32, also under bf16 autocast (`dtype`); frozen modules are held in `dtype` itself.
     `frozen_copy` copies only what trains and shares the rest: that is what the KL reference costs.
  4. Classifier-free guidance is inside `predict`, so that rollout and update cannot differ. Prompts are encoded once.
 
@@ -113,7 +113,7 @@ class Restorer:
         return other
 
     def to(self, device, dtype=torch.float32):
-        """dtype: of the network's arithmetic (autocast) and of frozen weights; weights that train stay float32."""
+        """dtype: of the network's arithmetic (autocast) and of frozen modules; the network itself stays float32."""
         self.net.to(device)
         for name, module in self.frozen.items():
             if isinstance(module, torch.nn.Module) and name != "text_encoder":  # that one has done its work
@@ -501,6 +501,13 @@ def read_index(source, name, revision, needed=True):
         return {}
 
 
+def split_revision(source, revision=None):
+    """"ID@REVISION" -> (ID, REVISION); a folder, or an id without one: (source, revision)."""
+    if "@" in source and not Path(source).exists():
+        source, _, revision = source.partition("@")
+    return source, revision
+
+
 def shipped(task):
     """The folder in weights/ of a task (sr3), of its kind (sr), or of the restorer for all of them (mixed)."""
     from data import split_task
@@ -531,8 +538,7 @@ def load(name, device="cpu", dtype="float32", task="sr", revision=None, controln
         library.utils.logging.disable_progress_bar()  # "Loading weights" for each part
     for teller in ("diffusers.models.modeling_utils", "huggingface_hub.utils._http"):  # what they log, they also raise
         logging.getLogger(teller).setLevel(logging.CRITICAL)
-    if "@" in name and not Path(name).exists():
-        name, revision = name.split("@", 1)
+    name, revision = split_revision(name, revision)
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: unknown; choose one of {', '.join(DTYPES)}")
     source = HUB.get(name, name) or shipped(task)
@@ -574,10 +580,8 @@ def open_source(source, revision, controlnet, dtype, settings):
     if not controlnet:
         net = seeded(0, ControlNetModel.from_unet, parts["unet"]).float()
     else:
-        pinned = ""
-        if not Path(controlnet).exists():
-            controlnet, _, pinned = controlnet.partition("@")
-        net = load_weights(ControlNetModel, controlnet, torch.float32, **({"revision": pinned} if pinned else {}))
+        controlnet, revision = split_revision(controlnet)
+        net = load_weights(ControlNetModel, controlnet, torch.float32, **({"revision": revision} if revision else {}))
     return family(net, load_scheduler(source, options), parts, kept | settings, defaults)
 
 
@@ -643,14 +647,13 @@ def bench(restorer, size, batch):
     z = torch.randn(restorer.latent_shape(lq), generator=generator).to(restorer.device)
     t = torch.full((batch,), 500, device=restorer.device)
     optimizer = ConstrainedAdamW(restorer.weights(), lr=1e-6)
-    held = restorer.frozen_copy(), restorer.frozen_copy()  # the reference and the average: their memory counts
+    _reference, _average = restorer.frozen_copy(), restorer.frozen_copy()  # only their memory counts
     cfg = SimpleNamespace(steps=5, eta=1.0, micro_batch=5, gradient_checkpointing=restorer.checkpointing)
-    share = torch.tensor([0.5, 0.5])
 
     def update():
-        restorer.predict(z, t, c).square().mean().backward()
         noise = [torch.Generator().manual_seed(i) for i in range(batch)]
-        optimizer.set_constraint(fidelity_gradient(restorer, lq, lq.flip(3), share, cfg, noise), 0.1)
+        optimizer.set_constraint(fidelity_gradient(restorer, lq, lq.flip(3), cfg, noise), 0.1)
+        restorer.predict(z, t, c).square().mean().backward()
         optimizer.step(), optimizer.zero_grad()
     no_grad = torch.no_grad()
     result = {"rollout step, s": timed(lambda: no_grad(restorer.predict)(z, t, c)),
@@ -659,7 +662,6 @@ def bench(restorer, size, batch):
         torch.cuda.reset_peak_memory_stats()
     result["update, s"] = timed(update)
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
-    del held
     return result | {"peak memory of the update, GiB": peak}
 
 

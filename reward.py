@@ -128,8 +128,9 @@ def fail(message):
 
 def reason(error, device, remedy="give a complete folder, or a hub id on a machine with network"):
     """What stopped a model from loading and what to do, in one line."""
+    from utils import out_of_memory
     text = str(error).strip() or type(error).__name__
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in text or "allocate memory" in text:
+    if out_of_memory(error):
         return f"not enough memory on {device}; take a smaller model, --dtype bfloat16 or another device"
     if "trust_remote_code" in text:
         return "it brings code of its own; read that code, then allow it with --trust-remote-code"

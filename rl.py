@@ -343,30 +343,31 @@ def step_loss(restorer, reference, batch, k, share, cfg, noise):
     return loss, info | {"rl_loss": rl.mean().detach(), "loss": loss.detach()}
 
 
-def fidelity_gradient(restorer, lq, hq, share, cfg, noise):
-    """Gradient of minus the fidelity, share (2,) of PSNR-Y and of 20 SSIM, mean over inputs, through whole chains of
-    fresh noise, one for each input: a list of one tensor per weight. Inputs go through in parts, because a chain keeps
-    all its steps in memory. The weights' own gradients stay as they are."""
+def fidelity_gradient(restorer, lq, hq, cfg, noise):
+    """Gradient of the lost fidelity, minus 20 SSIM, mean over inputs, through whole chains of fresh noise, one for each
+    input: a list of one tensor per weight. The weights' own gradients are used up. Inputs go through in parts, because
+    a chain keeps all its steps in memory.
+
+    Of SSIM alone, whichever limit is felt: it restores PSNR as well (their gradients have a cosine of 0.93) and takes
+    less of the reward, which prefers anything to the blur that PSNR asks for."""
     from torch.utils.checkpoint import checkpoint
 
+    from reward import ssim
     from sample import rollout
-    weights = restorer.weights()
-    kept = [p.grad for p in weights]
+    weights, part = restorer.weights(), max(1, cfg.micro_batch // cfg.steps)
     for p in weights:
-        p.grad = torch.zeros_like(p)  # sums up in place, where torch.autograd.grad would need a copy more
-    part = max(1, cfg.micro_batch // cfg.steps)
+        p.grad = torch.zeros_like(p)
 
     def predict(*inputs):
         return checkpoint(restorer.predict, *inputs, use_reentrant=False)
     for i in range(0, len(lq), part):
         z = rollout(restorer, lq[i:i + part], cfg.steps, cfg.eta, noise[i:i + part], keep=False, grad=True,
                     predict=predict if cfg.gradient_checkpointing else None).z[-1]
-        loss = -(fidelity(restorer.decode(z, lq[i:i + part]), hq[i:i + part]) @ share.to(z)).sum() / len(lq)
-        loss.backward()
-    total = [p.grad for p in weights]
-    for p, gradient in zip(weights, kept):
-        p.grad = gradient
-    return total
+        (-20 * ssim(restorer.decode(z, lq[i:i + part]), hq[i:i + part]).sum() / len(lq)).backward()
+    gradients = [p.grad for p in weights]
+    for p in weights:
+        p.grad = None
+    return gradients
 
 
 def summed(gradients):
@@ -383,14 +384,18 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
     """`cfg.updates` optimizer steps on collected batches. Returns the means of what was logged, the ratio error first.
 
     Each optimizer step gets its own part of the denoising steps; a micro-batch is one step in one batch. The gradient
-    of the fidelity, like the drop, is that of the first of them. total: samples in the batches of all processes.
-    excess (2,): drop - its limit, or None without a budget.
+    of the fidelity, like the drop, is that of the weights before them. total: samples in the batches of all processes.
+    excess: drop - its limit, a float, or None without a budget.
     noise(*stream, inputs=False): the generator of a purpose, or a list of them, one for each input of this process.
     """
     usable = batches[0]["trajectory"].stochastic.nonzero().flatten().cpu()[:cfg.train_steps or None]
     drawn = usable[torch.randperm(len(usable), generator=noise(0))]
     parts, repeats, logs = drawn.tensor_split(min(cfg.updates, len(drawn))), cfg.samples_per_input, []
-    lq, hq = (torch.cat([batch[key] for batch in batches])[::repeats] for key in ("lq", "hq"))
+    if excess is not None:
+        lq, hq = (torch.cat([batch[key] for batch in batches])[::repeats] for key in ("lq", "hq"))
+        of_drop = fidelity_gradient(restorer, lq, hq, cfg, noise(2, inputs=True))
+        torch._foreach_div_(of_drop, total / repeats / len(lq))  # processes: the mean over the inputs of all
+        of_drop = summed(of_drop)
     for index, part in enumerate(parts):
         optimizer.zero_grad()
         own = noise(1, index, inputs=True)
@@ -411,14 +416,7 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
                             "the last checkpoint")
         logs[-1]["grad_norm"] = grad_norm.item()
         if excess is not None:
-            if index == 0:
-                # that of SSIM, whichever limit is felt: it restores PSNR as well (their cosine is 0.93) and takes less
-                # of the reward, which prefers anything to the blur that PSNR asks for
-                share = torch.tensor([0.0, 1.0])
-                of_drop = fidelity_gradient(restorer, lq, hq, share, cfg, noise(2, inputs=True))
-                torch._foreach_div_(of_drop, total / repeats / len(lq))  # processes: the mean over the inputs of all
-                of_drop = summed(of_drop)
-            optimizer.set_constraint(of_drop, excess.max().item())
+            optimizer.set_constraint(of_drop, excess)
         optimizer.step()
         if excess is not None:
             logs[-1]["constraint"] = optimizer.multiplier
@@ -615,7 +613,7 @@ def train(cfg):
         drop = fidelity_sft - fidelity_on_validation(restorer) if constrained else None
         # aims a little inside the budget: the drop comes to rest at its limit, and only averages within the budget are
         # kept
-        excess = None if drop is None else drop - 0.9 * cfg.fidelity_budget
+        excess = None if drop is None else drop.max().item() - 0.9 * cfg.fidelity_budget
         losses = update(restorer, reference, average, optimizer, batches, len(ids), excess, cfg, noise)
 
         # log, and keep the best average so far

@@ -195,6 +195,12 @@ def quiet():
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 
+def out_of_memory(error):
+    """Whether an exception says that memory ran out: on a CPU, torch has no class of its own for that."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in str(error) for words in ("out of memory", "allocate memory"))
+
+
 def run_main(main):
     """Runs a script's main(): UserError or too little memory -> one line on stderr and exit code 2, Ctrl-C -> 130, no
     traceback."""
@@ -204,10 +210,10 @@ def run_main(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, as is its like on a CPU
-        text = (str(error).splitlines() or ["MemoryError"])[0]
-        if not isinstance(error, MemoryError) and "out of memory" not in text and "allocate memory" not in text:
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
             raise
+        text = (str(error).splitlines() or ["MemoryError"])[0]
         print(f"error: not enough memory ({text}); lower --micro-batch, --batch, --size or "
               "--tile, or use --dtype bfloat16 and, where there is one, --gradient-checkpointing", file=sys.stderr)
         raise SystemExit(2) from None

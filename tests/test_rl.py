@@ -81,10 +81,9 @@ def test_the_bend_of_a_step_is_bounded():
     assert optimizer.multiplier == pytest.approx(2.0) and p.abs().max() < 0.1
 
 
-@pytest.mark.parametrize("share", ((1.0, 0.0), (0.3, 0.7)))
 @pytest.mark.parametrize("checkpointing", (False, True))
-def test_fidelity_gradient_is_that_of_a_finite_difference(share, checkpointing, tiny_restorer, gen):
-    """Minus the fidelity through all steps of a chain: a step along its gradient changes it as predicted."""
+def test_fidelity_gradient_is_that_of_a_finite_difference(checkpointing, tiny_restorer, gen):
+    """Minus 20 SSIM through all steps of a chain: a step along its gradient changes it as predicted."""
     from sample import rollout
     restorer, hq = tiny_restorer(seed=3), torch.rand(4, 3, 32, 32, generator=gen) * 2 - 1
     lq, cfg = hq.roll(1, 3), Config(steps=4, eta=1.0, micro_batch=8, gradient_checkpointing=checkpointing)
@@ -95,8 +94,8 @@ def test_fidelity_gradient_is_that_of_a_finite_difference(share, checkpointing, 
 
     def loss():
         z = rollout(restorer, lq, 4, 1.0, noise(), keep=False).z[-1]
-        return -(rl.fidelity(restorer.decode(z, lq), hq).mean(0) @ torch.tensor(share)).item()
-    grads = rl.fidelity_gradient(restorer, lq, hq, torch.tensor(share), cfg, noise())
+        return -rl.fidelity(restorer.decode(z, lq), hq)[:, 1].mean().item()
+    grads = rl.fidelity_gradient(restorer, lq, hq, cfg, noise())
     norm, before = sum((g ** 2).sum() for g in grads).sqrt(), loss()
     with torch.no_grad():
         for p, g in zip(restorer.weights(), grads):
