@@ -46,8 +46,7 @@ import torch
 import torch.nn.functional as F
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PIXEL_UNET = dict(block_out_channels=(48, 64, 96), layers_per_block=1, norm_num_groups=8, add_attention=False,
-                  down_block_types=("DownBlock2D",) * 3, up_block_types=("UpBlock2D",) * 3)
+PIXEL_UNET = dict(block_out_channels=(48, 64, 96), layers_per_block=1, norm_num_groups=8, add_attention=False)
 PIXEL_SCHEDULER = dict(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction",
                        timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
 
@@ -247,12 +246,16 @@ class PixelRestorer(Restorer):
         self.multiple = self.settings["unshuffle"] * 2 ** (len(self.net.config.block_out_channels) - 1)
 
     @classmethod
-    def create(cls, seed=0, defaults=None, unshuffle=2, **unet):
-        """Random weights. unet: changes to PIXEL_UNET, e.g. block_out_channels for a larger one."""
+    def create(cls, seed=0, defaults=None, unshuffle=2, residual_scale=5.0, **unet):
+        """Random weights. unet: changes to PIXEL_UNET, e.g. block_out_channels, from the finest resolution on."""
         from diffusers import DDIMScheduler, UNet2DModel
         channels = 3 * unshuffle ** 2
-        net = seeded(seed, UNet2DModel, in_channels=2 * channels, out_channels=channels, **(PIXEL_UNET | unet))
-        return cls(net, DDIMScheduler(**PIXEL_SCHEDULER), settings={"unshuffle": unshuffle},
+        config = PIXEL_UNET | unet
+        levels = len(config["block_out_channels"])
+        config |= {"down_block_types": ("DownBlock2D",) * levels, "up_block_types": ("UpBlock2D",) * levels}
+        net = seeded(seed, UNet2DModel, in_channels=2 * channels, out_channels=channels, **config)
+        return cls(net, DDIMScheduler(**PIXEL_SCHEDULER),
+                   settings={"unshuffle": unshuffle, "residual_scale": residual_scale},
                    defaults={"steps": 5} | (defaults or {}))
 
     channels = 3

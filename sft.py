@@ -18,7 +18,7 @@ Chosen here:
 
 import functools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -78,6 +78,8 @@ class Config:
     # what
     task: Annotated[str, "degradation, a key of data.TASKS"] = "sr"
     model: Annotated[str, "folder of a restorer to start from; empty: the small pixel restorer, random weights"] = ""
+    channels: Annotated[str, "channels of that small one at its resolutions, with commas"] = "48,64,96"
+    residual_scale: Annotated[float, "its scale of hq - lq; 0: from training crops, for unit variance"] = 0.0
     data: Annotated[str, "folder of photographs; empty: those inside the packages"] = ""
     lq: Annotated[str, "folder of low-quality images, with --hq: pairs instead of a task"] = ""
     hq: Annotated[str, "folder of their ground truth"] = ""
@@ -118,13 +120,30 @@ def batches(cfg, source, degrade, crops, steps):
             yield degrade(hq, crops)[0], hq
 
 
+def new_restorer(cfg, source, degrade):
+    """A pixel restorer with random weights, whose latents have unit variance over 256 training crops, or as cfg says."""
+    from model import PixelRestorer
+    from utils import UserError, generator
+    try:
+        channels = tuple(int(width) for width in cfg.channels.split(","))
+        if min(channels) < 8 or any(width % 8 for width in channels):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--channels {cfg.channels}: give multiples of 8 with commas, as 32,48,64") from None
+    scale = cfg.residual_scale
+    if not scale:
+        lq, hq = next(batches(replace(cfg, batch=256, workers=0), source, degrade, generator(cfg.seed, 3), range(1)))
+        scale = round(1 / (hq - lq).std().item(), 2)
+    return PixelRestorer.create(cfg.seed, residual_scale=scale, block_out_channels=channels)
+
+
 def train(cfg):
     """Runs the SFT stage. Leaves config.json, metrics.csv, checkpoint.safetensors, pictures and model/ in cfg.out."""
     from tqdm import tqdm
 
     from data import Pairs, get_task, open_split
     from eval import evaluate, held_out, save_curves, save_grid
-    from model import DTYPES, PixelRestorer, load
+    from model import DTYPES, load
     from utils import (UserError, generator, load_checkpoint, pick_device, save_checkpoint, write_json, write_rows)
 
     # set-up
@@ -137,7 +156,7 @@ def train(cfg):
             raise UserError(f"--dtype/--store {name}: unknown; choose one of {', '.join(DTYPES)}")
     degrade = None if isinstance(source, Pairs) else degrade
     restorer = (load(cfg.model, device, cfg.dtype) if cfg.model
-                else PixelRestorer.create(seed=cfg.seed).to(device, DTYPES[cfg.dtype]))
+                else new_restorer(cfg, source, degrade).to(device, DTYPES[cfg.dtype]))
     if cfg.size % restorer.multiple:
         raise UserError(f"--size {cfg.size}: must be a multiple of {restorer.multiple}")
     restorer.defaults["task"] = cfg.task

@@ -105,3 +105,22 @@ def test_photographs_through_workers_make_a_model_and_a_bad_folder_is_named(tmp_
     assert '"task": "mixed"' in (tmp_path / "a/model/restorer.json").read_text()
     with pytest.raises(UserError, match="--hq"):
         train(Config(lq=str(photo_folder), out=str(tmp_path / "b"), device="cpu"))
+
+
+def test_a_new_restorer_has_the_channels_asked_for_and_latents_of_unit_variance(tmp_path, photo_folder):
+    from data import get_task, photographs, random_crops
+    from model import load
+    common = dict(data=str(photo_folder), channels="8,16", steps=2, batch=2, size=32, device="cpu")
+    for task, given, expected in (("jpeg", 0.0, None), ("sr", 3.0, 3.0)):
+        train(Config(task=task, residual_scale=given, out=str(tmp_path / task), **common))
+        restorer = load(str(tmp_path / task / "model"))
+        assert list(restorer.net.config.block_out_channels) == [8, 16] and restorer.multiple == 4
+        if expected:
+            assert restorer.settings["residual_scale"] == expected
+        else:
+            hq = random_crops(photographs("train", str(photo_folder)), 256, 32, torch.Generator().manual_seed(9))
+            lq = get_task(task)(hq, torch.Generator().manual_seed(9))[0]
+            assert 0.8 < restorer.encode(hq, lq).std() < 1.25
+    for channels in ("8,x", "12", "", "4"):
+        with pytest.raises(UserError, match="--channels"):
+            train(Config(out=str(tmp_path / "bad"), **common | {"channels": channels}))
