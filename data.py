@@ -261,14 +261,15 @@ def degrade_real(hq, generator=None):
     return as_lq((torch.cat(images).to(hq.device) + 1) / 2, severity)
 
 
-def degrade_mixed(hq, generator=None):
-    """One of the other tasks for each image, all equally likely (sr: scale 2, 3 or 4). Severities compare only within
-    a task."""
-    names, results = [name for name in TASKS if name != "mixed"], []
+def degrade_mixed(hq, generator=None, names=()):
+    """One of the tasks called `names` for each image, all equally likely; none given: any other (sr: scale 2, 3 or 4).
+    Severities compare only within a task."""
+    every, results = names or [name for name in TASKS if name != "mixed"], []
     for image in hq.split(1):
-        name = names[int(torch.randint(len(names), (), generator=generator))]
-        options = {"scale": int(torch.randint(2, 5, (), generator=generator))} if name == "sr" else {}
-        results.append(TASKS[name](image, generator, **options))
+        name = every[int(torch.randint(len(every), (), generator=generator))]
+        if name == "sr" and not names:
+            name += str(int(torch.randint(2, 5, (), generator=generator)))
+        results.append(get_task(name)(image, generator))
     lq, severity = zip(*results)
     return torch.cat(lq), torch.cat(severity)
 
@@ -280,8 +281,13 @@ NUMBERED = {"sr": ("scale", 2, 8), "denoise": ("sigma", 1, 255), "jpeg": ("quali
 
 
 def split_task(name):
-    """"denoise25" -> ("denoise", {"sigma": 25}), "derain" -> ("derain", {}). Raises UserError for an unknown task."""
+    """"denoise25" -> ("denoise", {"sigma": 25}), "derain" -> ("derain", {}), "sr2+jpeg" -> ("mixed", {"names": ["sr2",
+    "jpeg"]}). Raises UserError for an unknown task."""
     from utils import UserError
+    if "+" in name:
+        for part in name.split("+"):
+            split_task(part)
+        return "mixed", {"names": name.split("+")}
     base, number = re.fullmatch(r"(.*?)(\d*)", name, re.DOTALL).groups()
     if base not in TASKS or (number and base not in NUMBERED):
         raise UserError(f"--task {name}: unknown; choose one of {', '.join(TASKS)}, or sr2, sr3, denoise25, jpeg10 and "

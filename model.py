@@ -512,12 +512,16 @@ def split_revision(source, revision=None):
 
 
 def shipped(task):
-    """The folder in weights/ of a task (sr3), of its kind (sr), or of the restorer for all of them (mixed)."""
+    """The folder in weights/ of the restorer that learned a task (sr3), alone or with the fewest others (sr2+sr3), else
+    its kind (sr), else any (mixed)."""
     from data import split_task
     from utils import UserError
+    learned = [(json.loads(file.read_text())["defaults"]["task"].split("+"), str(file.parent))
+               for file in (Path(__file__).parent / "weights").glob("*/restorer.json")]
+    folders = {name: folder for names, folder in sorted(learned, key=lambda x: -len(x[0])) for name in names}
     for name in (task, split_task(task)[0], "mixed"):
-        if (Path(__file__).parent / "weights" / name / "restorer.json").is_file():
-            return str(Path(__file__).parent / "weights" / name)
+        if name in folders:
+            return folders[name]
     raise UserError(f"--task {task}: no restorer in weights/; make one with: python sft.py --task {task}, and name its "
                     "folder by --model")
 

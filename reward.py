@@ -25,8 +25,9 @@ Chosen here:
     below the precision of a file (pyiqa's qrealign truncates). Nothing is compressed; resizing is the processor's own.
     Qwen's keep the aspect ratio, resize bicubically with antialias to multiples of a patch and enlarge small images:
     areas under 64 x 64 for the shipped judges, under 256 x 256 for Q-ReAlign.
- 2. The shipped judges learn a ladder of degradations whose severity is known, soft labels over two neighbouring
-    levels as DeQA-Score has them (You et al. 2025, arXiv 2501.11561), so that the expected value is the target.
+ 2. The shipped judges learn a ladder of degradations whose severity is known, up to the lq of eight tasks and what
+    their SFT restorers make of it, with soft labels over two neighbouring levels as DeQA-Score has them (You et al.
+    2025, arXiv 2501.11561), so that the expected value is the target.
  3. Their patch embedding starts as a PCA whitening of training patches. Natural images put nearly all variance
     into low frequencies, quality is in the high ones: from a random start the loss stays on a plateau.
  4. Judges that reason decode greedily, where their authors sample: the same image, the same answer.
@@ -510,18 +511,20 @@ def rescale(image, factor):
     return resize(resize(image[None], [max(4, round(side / factor)) for side in size]), size)[0]
 
 
-FAMILIES = ("blur", "noise", "jpeg", "rescale", "restored", "lq")
+FAMILIES = ("blur", "noise", "jpeg", "rescale", "restored", "restored", "lq", "lq")
 RESTORED_QUALITY, WORST_QUALITY = 0.5, 0.1
+JUDGED = ("sr", "denoise", "deblur", "jpeg", "derain", "dehaze", "lowlight", "real")  # tasks that the judges learn
 
 
-def ladder(hq, restored, lq, generator):
-    """A random rung for each image: hq, restored, lq (B, 3, H, W) -> (images (B, 3, H, W), quality (B,)).
+def ladder(hq, restored, lq, severity, generator):
+    """A random rung for each image: hq, restored, lq (B, 3, H, W), severity of lq (B,) in [0, 1] -> (images, quality).
 
     blur sigma 0.35 + 2.4 s; noise std 0.01 (20^s - 1) of the full range; JPEG quality 95 (6 / 95)^s; rescaling by
-    1 + 3 s; the blends (1 - s) hq + s restored and (1 - s) restored + s lq. Quality falls linearly in s: from 1 (hq)
-    to 0.1 (worst, as lq), and the restorer's own outputs stand at 0.5.
+    1 + 3 s; the blends (1 - s) hq + s restored and (1 - s) restored + s lq. Quality falls linearly in s, from 1 (hq)
+    to 0.1 (the worst rung, and lq of severity 1); restored lq of severity 1 stands at 0.5. Where lq is milder, both
+    are nearer to 1, in proportion to 0.3 + 0.7 severity: what is hardly damaged is not bad.
     """
-    count = len(hq)
+    count, share = len(hq), 0.3 + 0.7 * severity
     s = torch.rand(count, generator=generator)
     family = torch.randint(len(FAMILIES), (count,), generator=generator).tolist()
     noise = torch.randn(hq.shape, generator=generator)
@@ -537,10 +540,10 @@ def ladder(hq, restored, lq, generator):
         elif name == "rescale":
             x = rescale(hq[i], 1 + 3 * s[i].item())
         elif name == "restored":
-            x, quality[i] = torch.lerp(hq[i], restored[i], s[i]), 1 - (1 - RESTORED_QUALITY) * s[i]
+            x, quality[i] = torch.lerp(hq[i], restored[i], s[i]), 1 - share[i] * (1 - RESTORED_QUALITY) * s[i]
         else:
-            x, quality[i] = (torch.lerp(restored[i], lq[i], s[i]),
-                             RESTORED_QUALITY - (RESTORED_QUALITY - WORST_QUALITY) * s[i])
+            x = torch.lerp(restored[i], lq[i], s[i])
+            quality[i] = 1 - share[i] * (1 - RESTORED_QUALITY + (RESTORED_QUALITY - WORST_QUALITY) * s[i])
         images.append(x)
     return torch.stack(images).clamp(-1, 1), quality
 
@@ -646,33 +649,37 @@ def whiten_patches(judge, images):
         projection.bias[:keep] = -(rows @ mean).float()
 
 
-def judge_data(split, count, size, gen, restorer_name, task="sr"):
-    """Crops of a split with the SFT restorer's outputs: (hq, restored, lq), (count, 3, size, size) each."""
+def judge_data(split, count, size, gen, tasks, model=""):
+    """Crops of a split, shared out among tasks, with outputs of an SFT restorer (`model`; "": the one in weights/ of
+    each task): (hq, restored, lq, severity), images (count, 3, size, size), severity (count,)."""
     from tqdm import tqdm
 
     from data import get_task, grid_crops, photographs, random_crops
     from model import load as load_restorer
     from sample import rollout
-    restorer = load_restorer(restorer_name, dtype="bfloat16", task=task)
     photos = photographs(split)
     hq = (random_crops(photos, count, size, gen) if split == "train" else grid_crops(photos, count, size, gen)[0])
-    lq, restored = get_task(task)(hq, gen)[0], []
-    for index, part in enumerate(tqdm(lq.split(32), desc="restore", leave=False)):
-        # a third without sampling noise, so that the judge knows more than one look of a restored image
-        eta = restorer.defaults["eta"] * (index % 3 > 0) if split == "train" else restorer.defaults["eta"]
-        z = rollout(restorer, part, restorer.defaults["steps"], eta, gen, keep=False).z[-1]
-        restored.append(restorer.decode(z, part))
-    return hq, torch.cat(restored), lq
+    lq, restored, severity = torch.empty_like(hq), torch.empty_like(hq), torch.empty(len(hq))
+    for number, task in enumerate(bar := tqdm(tasks, desc="restore", leave=False)):
+        bar.set_postfix_str(task)
+        restorer = load_restorer(model, dtype="bfloat16", task=task)
+        for index, own in enumerate(torch.arange(number, len(hq), len(tasks)).split(32)):
+            lq[own], severity[own] = get_task(task)(hq[own], gen)
+            # a third without sampling noise, so that the judge knows more than one look of a restored image
+            eta = restorer.defaults["eta"] * (index % 3 > 0) if split == "train" else restorer.defaults["eta"]
+            z = rollout(restorer, lq[own], restorer.defaults["steps"], eta, gen, keep=False).z[-1]
+            restored[own] = restorer.decode(z, lq[own])
+    return hq, restored, lq, severity
 
 
 @torch.no_grad()
-def check_judge(judge, hq, restored, lq, gen, rounds=8):
+def check_judge(judge, hq, restored, lq, severity, gen, rounds=8):
     """Held-out quality of a judge: Spearman's rank correlation with the ladder, mean scores, and pairs in order."""
     from scipy.stats import spearmanr
-    rungs = [ladder(hq, restored, lq, gen) for _ in range(rounds)]
+    rungs = [ladder(hq, restored, lq, severity, gen) for _ in range(rounds)]
     images, quality = (torch.cat(x) for x in zip(*rungs))
     scores = {name: judge(x) for name, x in (("lq", lq), ("restored", restored), ("hq", hq))}
-    return {"rank_correlation": float(spearmanr(judge(images).cpu(), quality).statistic), "crops": len(hq),
+    return {"rank_correlation": float(spearmanr(judge(images).cpu(), quality).statistic),
             **{name: x.mean().item() for name, x in scores.items()},
             "hq_over_restored": (scores["hq"] > scores["restored"]).float().mean().item()}
 
@@ -680,11 +687,13 @@ def check_judge(judge, hq, restored, lq, gen, rounds=8):
 @dataclass
 class TrainConfig:
     name: Annotated[str, "which judge: judge or judge2"] = "judge"
-    model: Annotated[str, "restorer whose outputs stand on the ladder; empty: the shipped one"] = ""
+    start: Annotated[str, "folder of a judge to start from; empty: random weights"] = ""
+    tasks: Annotated[list, "whose lq and restorations stand on the ladder"] = field(default_factory=lambda: [*JUDGED])
+    model: Annotated[str, "restorer of them all; empty: the shipped one of each task"] = ""
     out: Annotated[str, "folder to write; empty: weights/NAME"] = ""
     steps: Annotated[int, "optimizer steps"] = 6000
     batch: Annotated[int, "images per step"] = 48
-    pool: Annotated[int, "training crops, restored once"] = 2048
+    pool: Annotated[int, "training crops, restored once"] = 4096
     size: Annotated[int, "side of a crop in pixels"] = 64
     lr: Annotated[float, "peak learning rate of AdamW: embeddings, norms, biases"] = 1e-3
     matrix_lr: Annotated[float, "peak learning rate of Muon: matrices"] = 0.02
@@ -711,9 +720,10 @@ def train_judge(cfg):
         fail(f"--name {cfg.name}: unknown; choose one of {', '.join(JUDGES)}")
     recipe = JUDGES[cfg.name]
     gen = generator(recipe["seed"], 10)
-    hq, restored, lq = judge_data("train", cfg.pool, cfg.size, gen, cfg.model)
-    judge = build_judge(recipe)
-    whiten_patches(judge, hq[:1024])
+    hq, restored, lq, severity = judge_data("train", cfg.pool, cfg.size, gen, cfg.tasks, cfg.model)
+    judge = MLLMJudge.from_pretrained(cfg.start, dtype="float32") if cfg.start else build_judge(recipe)
+    if not cfg.start:
+        whiten_patches(judge, hq[:1024])
     optimizers = judge_optimizers(judge.model, cfg.lr, cfg.matrix_lr)
     average = AveragedModel(judge.model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     judge.model.train()
@@ -721,7 +731,8 @@ def train_judge(cfg):
         pick = torch.randint(len(hq), (cfg.batch,), generator=gen)
         turn, mirror = torch.randint(4, (2,), generator=gen).tolist()  # the same for the three versions of a crop
         triple = [torch.rot90(x[pick], turn, (2, 3)) for x in (hq, restored, lq)]
-        images, quality = ladder(*recolor([x.flip(3) for x in triple] if mirror % 2 else triple, gen), gen)
+        triple = recolor([x.flip(3) for x in triple] if mirror % 2 else triple, gen)
+        images, quality = ladder(*triple, severity[pick], gen)
         log_p = judge.logits(images).float().log_softmax(-1)[:, judge.ids]  # over the whole vocabulary, as a language
         loss = -(soft_label(quality) * log_p).sum(1).mean()                 # model learns its next token
         judge.model.zero_grad()
@@ -745,19 +756,24 @@ def train_judge(cfg):
 class CheckConfig:
     judges: Annotated[list, "rewards without reference to measure"] = field(default_factory=lambda: ["judge", "judge2"])
     split: Annotated[str, "test (for tables) or val (for tuning)"] = "test"
-    count: Annotated[int, "held-out crops at most"] = 128
-    model: Annotated[str, "restorer whose outputs stand on the ladder; empty: the shipped one"] = ""
+    tasks: Annotated[list, "whose lq and restorations stand on the ladder"] = field(default_factory=lambda: [*JUDGED])
+    count: Annotated[int, "held-out crops at most, the same for each task"] = 128
+    model: Annotated[str, "restorer of all tasks; empty: the shipped one of each"] = ""
     seed: Annotated[int, "seed of the ladder and the sampler"] = 0
 
 
 def check(cfg):
-    """Prints the held-out quality of judges."""
+    """Prints the held-out quality of judges, a row per task and judge."""
     from utils import generator
-    data = judge_data(cfg.split, cfg.count, 64, generator(cfg.seed, 11), cfg.model)
-    for name in cfg.judges:
-        result = check_judge(load(name), *data, generator(cfg.seed, 12))
-        print(f"{name:8s} {cfg.split}: " + "   ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}"
-                                                     for k, v in result.items()))
+    judges = {name: load(name) for name in cfg.judges}
+    print("| task | judge | rank correlation | lq | restored | hq | hq over restored |\n|---|---|---|---|---|---|---|")
+    for task in cfg.tasks:
+        data = judge_data(cfg.split, cfg.count, 64, generator(cfg.seed, 11), [task], cfg.model)
+        for name, judge in judges.items():
+            row = check_judge(judge, *data, generator(cfg.seed, 12))
+            print(f"| {task} | {name} | " + " | ".join(f"{row[key]:.3f}" for key in (
+                "rank_correlation", "lq", "restored", "hq")) + f" | {row['hq_over_restored']:.1%} |", flush=True)
+    print(f"{cfg.split} split, {len(data[0])} crops with 8 random rungs each")
 
 
 @dataclass

@@ -121,7 +121,7 @@ def batches(cfg, source, degrade, crops, steps):
 
 
 def new_restorer(cfg, source, degrade):
-    """A pixel restorer with random weights, whose latents have unit variance over 256 training crops, or as cfg says."""
+    """A pixel restorer with random weights; its latents have unit variance over 256 training crops, or as cfg says."""
     from model import PixelRestorer
     from utils import UserError, generator
     try:

@@ -449,3 +449,16 @@ def test_bench_and_pairs_on_the_command_line(tmp_path, photo_folder, monkeypatch
                                      str(tmp_path / "x.png")])
     data.main()
     assert "1 files without a partner" in capsys.readouterr().out and read_image(tmp_path / "x.png").shape[2] == 512
+
+
+def test_tasks_joined_by_a_plus_are_drawn_for_each_image(crops):
+    hq = crops.repeat(4, 1, 1, 1)[:12]
+    lq, severity = get_task("sr2+denoise50")(hq, generator(0))
+    enlarged = degrade_sr(hq, scale=2)[0]
+    which = torch.tensor([torch.equal(a, b) for a, b in zip(lq, enlarged)])
+    assert 0 < which.sum() < 12 and torch.equal(which, severity < 0.5)
+    again = get_task("sr2+denoise50")(hq, generator(0))[0]
+    assert torch.equal(lq, again)
+    for name in ("sr2+", "sr2+nope", "+"):
+        with pytest.raises(UserError, match="--task"):
+            get_task(name)

@@ -373,3 +373,20 @@ def test_options_are_kept_until_they_are_given_again(tmp_path, capsys, monkeypat
     monkeypatch.setattr(sys, "argv", ["model.py", "--model", str(tmp_path), "--noise-level", "351"])
     with pytest.raises(UserError, match="350"):
         model.main()
+
+
+def test_every_task_has_a_shipped_restorer_that_learned_it():
+    from data import TASKS
+    for task in TASKS:
+        restorer = model.load("", task=task)
+        assert task in restorer.defaults["task"].split("+") and restorer.defaults["eta"] == 1.0
+    assert model.shipped("denoise25") == model.shipped("denoise") != model.shipped("jpeg10")
+
+
+def test_of_several_restorers_the_most_specialized_is_taken(tmp_path, monkeypatch):
+    for folder, task in (("a", "sr2+sr3+deblur"), ("b", "deblur"), ("c", "mixed"), ("d", "sr")):
+        path = tmp_path / "weights" / folder / "restorer.json"
+        path.parent.mkdir(parents=True), path.write_text('{"defaults": {"task": "%s"}}' % task)
+    monkeypatch.setattr(model, "__file__", str(tmp_path / "model.py"))
+    found = {task: model.shipped(task)[-1] for task in ("sr", "sr3", "sr4", "deblur", "jpeg")}
+    assert found == {"sr": "d", "sr3": "a", "sr4": "d", "deblur": "b", "jpeg": "c"}

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import ROOT
+
 import reward
 from data import degrade_sr, grid_crops, photographs
 from reward import (JUDGES, MODELS, RATE, WeightedSum, build_judge, expected_level, ladder, level_tokens, load,
@@ -362,10 +364,34 @@ def test_whitened_patches_have_unit_variance(pairs):
 def test_ladder_falls_with_severity(gen):
     hq = grid_crops(photographs("val"), 24, 64, generator(0))[0]
     lq = degrade_sr(hq)[0]
-    images, quality = ladder(hq, (hq + lq) / 2, lq, gen)
+    images, quality = ladder(hq, (hq + lq) / 2, lq, torch.ones(24), gen)
     assert images.shape == hq.shape and images.abs().max() <= 1 and 0.1 <= quality.min() and quality.max() <= 1
     error = (images - hq).flatten(1).std(1)
     assert torch.corrcoef(torch.stack([error.log(), quality]))[0, 1] < -0.3
+
+
+def test_mild_damage_stands_higher_on_the_ladder(gen):
+    hq = grid_crops(photographs("val"), 24, 64, generator(0))[0]
+    lq = degrade_sr(hq)[0]
+    worst, mild = (ladder(hq, (hq + lq) / 2, lq, torch.full((24,), s), generator(5)) for s in (1.0, 0.0))
+    assert torch.equal(worst[0], mild[0])  # the same images
+    assert (mild[1] >= worst[1]).all() and (mild[1] > worst[1]).any()
+
+
+def test_judge_data_shares_crops_out_among_tasks_and_a_judge_trains_on_them(tmp_path, tiny_restorer, gen):
+    tiny_restorer().save(tmp_path / "restorer")
+    common = dict(tasks=["sr", "denoise50", "derain"], model=str(tmp_path / "restorer"))
+    hq, restored, lq, severity = reward.judge_data("train", 9, 64, gen, **common)
+    assert restored.shape == lq.shape == hq.shape == (9, 3, 64, 64) and not torch.equal(restored, lq)
+    torch.testing.assert_close(severity[0::3], torch.ones(3)), torch.testing.assert_close(severity[1::3], torch.ones(3))
+    torch.testing.assert_close(lq[0::3], degrade_sr(hq[0::3])[0])
+    noise = (lq - hq)[1::3].flatten(1).std(1) / 2 * 255
+    assert ((noise > 35) & (noise < 55)).all()
+    start = reward.TrainConfig(start=str(ROOT / "weights/judge"), out=str(tmp_path / "judge"), steps=2, batch=4, pool=6,
+                               **common)
+    reward.train_judge(start)
+    before, after = (load(f"mllm:{folder}")(hq) for folder in (ROOT / "weights/judge", tmp_path / "judge"))
+    assert 0 < (after - before).abs().max() < 0.2
 
 
 def test_pyiqa_metrics_direction_and_batch(pairs):
