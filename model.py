@@ -518,7 +518,8 @@ def shipped(task):
     from utils import UserError
     learned = [(json.loads(file.read_text())["defaults"]["task"].split("+"), str(file.parent))
                for file in (Path(__file__).parent / "weights").glob("*/restorer.json")]
-    folders = {name: folder for names, folder in sorted(learned, key=lambda x: -len(x[0])) for name in names}
+    folders = {name: folder for names, folder in sorted(learned, key=lambda x: -len(x[0]))
+               for name in (*names, "+".join(names))}
     for name in (task, split_task(task)[0], "mixed"):
         if name in folders:
             return folders[name]

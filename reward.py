@@ -25,9 +25,9 @@ Chosen here:
     below the precision of a file (pyiqa's qrealign truncates). Nothing is compressed; resizing is the processor's own.
     Qwen's keep the aspect ratio, resize bicubically with antialias to multiples of a patch and enlarge small images:
     areas under 64 x 64 for the shipped judges, under 256 x 256 for Q-ReAlign.
- 2. The shipped judges learn a ladder of degradations whose severity is known, up to the lq of eight tasks and what
-    their SFT restorers make of it, with soft labels over two neighbouring levels as DeQA-Score has them (You et al.
-    2025, arXiv 2501.11561), so that the expected value is the target.
+ 2. The shipped judges learned a ladder of degradations whose severity is known, with the lq of sr and what its SFT
+    restorer makes of it, by soft labels over two neighbouring levels as DeQA-Score has them (You et al. 2025, arXiv
+    2501.11561), so that the expected value is the target. `train --tasks` takes others, `check` measures eight.
  3. Their patch embedding starts as a PCA whitening of training patches. Natural images put nearly all variance
     into low frequencies, quality is in the high ones: from a random start the loss stays on a plateau.
  4. Judges that reason decode greedily, where their authors sample: the same image, the same answer.
@@ -513,7 +513,7 @@ def rescale(image, factor):
 
 FAMILIES = ("blur", "noise", "jpeg", "rescale", "restored", "restored", "lq", "lq")
 RESTORED_QUALITY, WORST_QUALITY = 0.5, 0.1
-JUDGED = ("sr", "denoise", "deblur", "jpeg", "derain", "dehaze", "lowlight", "real")  # tasks that the judges learn
+JUDGED = ("sr", "denoise", "deblur", "jpeg", "derain", "dehaze", "lowlight", "real")  # tasks that `check` measures
 
 
 def ladder(hq, restored, lq, severity, generator):
@@ -688,12 +688,12 @@ def check_judge(judge, hq, restored, lq, severity, gen, rounds=8):
 class TrainConfig:
     name: Annotated[str, "which judge: judge or judge2"] = "judge"
     start: Annotated[str, "folder of a judge to start from; empty: random weights"] = ""
-    tasks: Annotated[list, "whose lq and restorations stand on the ladder"] = field(default_factory=lambda: [*JUDGED])
+    tasks: Annotated[list, "whose lq and restorations stand on the ladder"] = field(default_factory=lambda: ["sr"])
     model: Annotated[str, "restorer of them all; empty: the shipped one of each task"] = ""
     out: Annotated[str, "folder to write; empty: weights/NAME"] = ""
     steps: Annotated[int, "optimizer steps"] = 6000
     batch: Annotated[int, "images per step"] = 48
-    pool: Annotated[int, "training crops, restored once"] = 4096
+    pool: Annotated[int, "training crops, restored once"] = 2048
     size: Annotated[int, "side of a crop in pixels"] = 64
     lr: Annotated[float, "peak learning rate of AdamW: embeddings, norms, biases"] = 1e-3
     matrix_lr: Annotated[float, "peak learning rate of Muon: matrices"] = 0.02

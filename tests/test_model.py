@@ -388,5 +388,5 @@ def test_of_several_restorers_the_most_specialized_is_taken(tmp_path, monkeypatc
         path = tmp_path / "weights" / folder / "restorer.json"
         path.parent.mkdir(parents=True), path.write_text('{"defaults": {"task": "%s"}}' % task)
     monkeypatch.setattr(model, "__file__", str(tmp_path / "model.py"))
-    found = {task: model.shipped(task)[-1] for task in ("sr", "sr3", "sr4", "deblur", "jpeg")}
-    assert found == {"sr": "d", "sr3": "a", "sr4": "d", "deblur": "b", "jpeg": "c"}
+    found = {task: model.shipped(task)[-1] for task in ("sr", "sr3", "sr4", "deblur", "jpeg", "sr2+sr3+deblur")}
+    assert found == {"sr": "d", "sr3": "a", "sr4": "d", "deblur": "b", "jpeg": "c", "sr2+sr3+deblur": "a"}
