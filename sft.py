@@ -155,6 +155,8 @@ def train(cfg):
         if name not in DTYPES:
             raise UserError(f"--dtype/--store {name}: unknown; choose one of {', '.join(DTYPES)}")
     degrade = None if isinstance(source, Pairs) else degrade
+    if cfg.model and (cfg.channels, cfg.residual_scale) != (Config.channels, Config.residual_scale):
+        raise UserError(f"--channels, --residual-scale: {cfg.model} has its own; leave them or --model out")
     restorer = (load(cfg.model, device, cfg.dtype) if cfg.model
                 else new_restorer(cfg, source, degrade).to(device, DTYPES[cfg.dtype]))
     if cfg.size % restorer.multiple:

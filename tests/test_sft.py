@@ -124,3 +124,5 @@ def test_a_new_restorer_has_the_channels_asked_for_and_latents_of_unit_variance(
     for channels in ("8,x", "12", "", "4"):
         with pytest.raises(UserError, match="--channels"):
             train(Config(out=str(tmp_path / "bad"), **common | {"channels": channels}))
+    with pytest.raises(UserError, match="--channels"):  # a saved restorer has its own
+        train(Config(out=str(tmp_path / "bad"), model=str(tmp_path / "sr/model"), **common))
