@@ -4,6 +4,7 @@
   psnr            -10 log10 mean (x - y)^2 in dB, x and y in [0, 1]; ssim: Wang et al. 2004, Gaussian window 11, sigma
                   1.5 (reward.ssim). On RGB, or on Y of ITU-R BT.601 YCbCr (MATLAB's rgb2ycbcr), without a border
   diversity       standard deviation over sampler seeds of each pixel, mean over pixels and colors, in levels of 255
+  judge spread    standard deviation over sampler seeds of the judge's score: what RL can choose among
   pyiqa:NAME      any metric of pyiqa, its own sign, an arrow for its better direction
   mean ± error    over images, after the mean over sampler seeds; error: std / sqrt(images)
   difference      of two models on the same images and noise: mean and its 95 % interval, t_{0.975, n - 1} std / sqrt(n)
@@ -42,7 +43,7 @@ def score(restorer, lq, hq, metrics, steps, eta, seeds, first=0, tile=0):
 
     lq, hq: (B, 3, H, W) in [-1, 1], images number `first` and following of their set, which decides their noise.
     tile: largest side that the network sees at once, 0: any. metrics: name -> metric(images, refs) -> (B,).
-    Returns (scores, samples): scores[name] is (B,), the mean over seeds, and samples (seeds, B, 3, H, W).
+    Returns (scores, samples): scores[name] is (seeds, B), samples (seeds, B, 3, H, W); lq counts as one seed.
     """
     from sample import restore
     from utils import generator
@@ -52,7 +53,7 @@ def score(restorer, lq, hq, metrics, steps, eta, seeds, first=0, tile=0):
         numbers = range(first, first + len(lq))
         samples = [restore(restorer, lq, steps, eta, [generator(seed, 5, i) for i in numbers], tile or 2 ** 30)
                    for seed in seeds]
-    scores = {name: sum(metric(image, hq).float().cpu() / len(samples) for image in samples)
+    scores = {name: torch.stack([metric(image, hq).float().cpu() for image in samples])
               for name, metric in metrics.items()}
     return scores, torch.stack(samples)
 
@@ -67,7 +68,7 @@ def evaluate(restorer, lq, hq, judges, steps, eta, seeds, batch=32, first=0):
     metrics = {**judges, "psnr_y": psnr_y, "psnr": psnr, "ssim": ssim}
     parts = [score(restorer, lq[i:i + batch], hq[i:i + batch], metrics, steps, eta, seeds, first + i)
              for i in range(0, len(lq), batch)]
-    return ({name: torch.cat([scores[name] for scores, _ in parts]) for name in metrics},
+    return ({name: torch.cat([scores[name].mean(0) for scores, _ in parts]) for name in metrics},
             torch.cat([samples[0] for _, samples in parts]))
 
 
@@ -107,8 +108,8 @@ def measure(models, batches, metrics, seeds, tile=256, on_hq=()):
     """Rows of a table, name -> metric -> (N,).
 
     models: name -> (restorer, steps, eta, mean row?); restorer None: lq. batches: (lq, hq) of (B, 3, H, W) in [-1, 1].
-    More than one seed adds the diversity, and for models with a mean row the row "NAME, mean of k": the k samples
-    averaged. on_hq: metrics that score the row "hq", without a reference.
+    More than one seed adds the diversity, the spread of the first of on_hq, and for models with a mean row the row
+    "NAME, mean of k": the k samples averaged. on_hq: metrics that score the row "hq", without a reference.
     """
     rows, first = {}, 0
 
@@ -119,11 +120,13 @@ def measure(models, batches, metrics, seeds, tile=256, on_hq=()):
     for lq, hq in batches:
         for name, (restorer, steps, eta, with_mean) in models.items():
             scores, samples = score(restorer, lq, hq, metrics, steps, eta, seeds, first, tile)
+            add(name, {key: values.mean(0) for key, values in scores.items()})
             if len(samples) > 1:
-                scores["diversity"] = samples.std(0).flatten(1).mean(1).cpu() * 127.5
-            add(name, scores)
+                add(name, {f"{key} spread": scores[key].std(0) for key in on_hq[:1]}
+                    | {"diversity": samples.std(0).flatten(1).mean(1).cpu() * 127.5})
             if with_mean and len(samples) > 1:
-                add(f"{name}, mean of {len(samples)}", score(None, samples.mean(0), hq, metrics, 0, 0, [0])[0])
+                scores = score(None, samples.mean(0), hq, metrics, 0, 0, [0])[0]
+                add(f"{name}, mean of {len(samples)}", {key: values[0] for key, values in scores.items()})
         add("hq", {key: metrics[key](hq, hq).float().cpu() for key in on_hq})
         first += len(lq)
     return {name: {key: torch.cat(values) for key, values in row.items()} for name, row in rows.items()}

@@ -171,10 +171,11 @@ def test_rows_hold_baselines_and_diversity(tiny_restorer):
     _, samples = score(restorer, lq, hq, {}, 3, 1.0, range(3))
     torch.testing.assert_close(rows["m"]["diversity"], samples.std(0).mean((1, 2, 3)) * 127.5, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(rows["m, mean of 3"]["psnr"], metrics["psnr"](samples.mean(0), hq), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(rows["m"]["mean spread"], samples.mean((2, 3, 4)).std(0), rtol=1e-3, atol=1e-5)
     assert (rows["m, mean of 3"]["psnr"] > rows["m"]["psnr"]).all() and "diversity" not in rows["lq"]
     assert list(rows["hq"]) == ["mean"] and torch.equal(rows["hq"]["mean"], hq.mean((1, 2, 3)))
     single = measure({"m": models["m"]}, [(lq, hq)], metrics, [0])
-    assert list(single) == ["m"] and "diversity" not in single["m"]
+    assert list(single) == ["m"] and not {"diversity", "mean spread"} & set(single["m"])
 
 
 def test_results_do_not_depend_on_the_tile():
@@ -222,7 +223,7 @@ def test_pairs_of_two_folders_are_evaluated_whole(tmp_path, model_folder, monkey
              "pyiqa:gmsd"]
     printed = run(monkeypatch, capsys, *words, "--workers", 1, "--out", tmp_path / "a")
     assert "3 whole images, 2 sampler seeds; psnr and ssim on Y, border 4" in printed
-    assert "| judge | psnr | ssim | pyiqa:gmsd ↓ | diversity |" in printed and "judge2" not in printed
+    assert "| judge | psnr | ssim | pyiqa:gmsd ↓ | judge spread | diversity |" in printed and "judge2" not in printed
     for row in ("| lq (bicubic) |", f"| {model_folder}/0, eta 0 |", f"| {model_folder}/0, mean of 2 |", "| hq |",
                 f"| minus {model_folder}/0, 95 % interval, n = 3 |", f"{model_folder}/1: judge gap closed"):
         assert row in printed, row
