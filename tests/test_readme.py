@@ -27,6 +27,7 @@ def test_every_flag_in_the_readme_exists():
     configs = [rl.Config, sft.Config, eval.Config, sample.Config, data.Config, data.BenchConfig, model.Config,
                reward.TrainConfig, reward.CheckConfig, reward.ScoreConfig]
     known = {"--" + f.name.replace("_", "-") for c in configs for f in dataclasses.fields(c)} | {"--help"}
+    known |= {"--no-" + f.name.replace("_", "-") for c in configs for f in dataclasses.fields(c) if f.default is True}
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+(?!\w)", README))
     assert used and used <= known, used - known
 
