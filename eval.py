@@ -146,8 +146,15 @@ def paired(values, others):
 
 
 def gap_closed(model, start, goal):
-    """Share of the way from `start` to `goal` that `model` has gone: floats -> float, 1 = all of it."""
-    return (model - start) / (goal - start) if goal != start else math.nan
+    """Share of the way up from `start` to `goal` that `model` has gone: floats -> float, 1 = all of it; NaN where
+    `goal` is not above `start`."""
+    return (model - start) / (goal - start) if goal > start else math.nan
+
+
+def said_of_gap(model, start, goal):
+    """gap_closed in words: "gap closed 61%", or "no gap"."""
+    share = gap_closed(model, start, goal)
+    return "no gap" if math.isnan(share) else f"gap closed {share:.0%}"
 
 
 def digits(column):
@@ -299,7 +306,7 @@ def aggregate(folders):
             error = mean_se(values)[1] if len(group) > 1 else group[0][2].get(key, math.nan)
             spread = f" ± {error:.{places}f}" if math.isfinite(error) else ""
             each = f" ({', '.join(f'{v:.{places}f}' for v in values)})"
-            cells.append(f"{values.mean():+.{places}f}{spread}" + (
+            cells.append("no gap" if key == "gap closed" and values.isnan().any() else f"{values.mean():+.{places}f}{spread}" + (
                 each if len(group) > 1 and key in ("gap closed", "psnr_y") else ""))
         changes.append(f"| {name} | {len(group)} | " + " | ".join(cells) + " |")
         means = {key: [sum(runs[row][key] for runs, _, _ in group) / len(group) for row in ("lq", "sft", "rl", "hq")
@@ -512,7 +519,7 @@ def main():
     parts = [said, format_table(rows), format_differences(rows, folders)]
     if "judge" in rows.get("hq", {}):
         start, goal = rows[folders[0]]["judge"].mean(), rows["hq"]["judge"].mean()
-        parts += [f"{name}: judge gap closed {gap_closed(rows[name]['judge'].mean(), start, goal):.0%}"
+        parts += [f"{name}: judge {said_of_gap(rows[name]['judge'].mean(), start, goal)}"
                   for name in folders[1:]]
     text = "\n\n".join(part for part in parts if part)
     print(text)

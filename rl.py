@@ -660,7 +660,7 @@ def report(cfg, reference, restorer, out, lq, hq, judges):
     print(eval.format_table(rows))
     means = {name: {key: eval.mean_se(row[key])[0] if key in row else None
                     for key in ("judge", "judge2", "psnr_y", "ssim")} for name, row in rows.items()}
-    closed = "   ".join(f"{name} gap closed {eval.gap_closed(*(rows[r][name].mean() for r in ('rl', 'sft', 'hq'))):.0%}"
+    closed = "   ".join(f"{name} {eval.said_of_gap(*(rows[r][name].mean() for r in ('rl', 'sft', 'hq')))}"
                         for name in ("judge", "reward") if name in judges)
     print(f"{closed}   psnr_y {means['rl']['psnr_y'] - means['sft']['psnr_y']:+.2f} dB   "
           f"ssim {means['rl']['ssim'] - means['sft']['ssim']:+.4f}")

@@ -10,7 +10,8 @@ import torch
 import eval
 from data import degrade_sr, get_task, load_pairs, photographs, random_crops
 from eval import (aggregate, busiest, evaluate, format_differences, format_table, gap_closed, held_out, mean_se,
-                  measure, on_tiles, paired, reference_metrics, save_curves, save_grid, score, shaved, with_inset)
+                  measure, on_tiles, paired, reference_metrics, said_of_gap, save_curves, save_grid, score, shaved,
+                  with_inset)
 from utils import UserError, generator, read_image, write_image, write_rows
 
 
@@ -37,6 +38,8 @@ def test_standard_error_and_gap():
     assert mean == 2.5 and error == pytest.approx(math.sqrt(5 / 3) / 2)
     assert math.isnan(mean_se(torch.ones(1))[1])
     assert gap_closed(0.7, 0.6, 0.8) == pytest.approx(0.5) and math.isnan(gap_closed(1.0, 0.5, 0.5))
+    assert math.isnan(gap_closed(0.9, 0.8, 0.7)) and said_of_gap(0.7, 0.6, 0.8) == "gap closed 50%"
+    assert said_of_gap(0.9, 0.8, 0.7) == "no gap"
 
 
 def test_table_shows_what_is_there():
@@ -47,16 +50,17 @@ def test_table_shows_what_is_there():
 
 def test_runs_are_summed_up_by_name(tmp_path):
     row = {"judge": 0.6, "judge2": 0.5, "psnr_y": 30.0, "ssim": 0.8}
-    for name, judge in (("default-0", 0.7), ("default-1", 0.8), ("alone-0", 0.7)):
+    for name, judge, hq in (("default-0", 0.7, 0.8), ("default-1", 0.8, 0.8), ("alone-0", 0.7, 0.8), ("good-0", 0.7, 0.6)):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "summary.json").write_text(json.dumps({
             "lq": row | {"judge": 0.1}, "sft": row, "rl": row | {"judge": judge, "psnr_y": 29.9},
-            "hq": {"judge": 0.8, "judge2": 0.8, "psnr_y": None, "ssim": None}}))
+            "hq": {"judge": hq, "judge2": 0.8, "psnr_y": None, "ssim": None}}))
     write_rows(tmp_path / "alone-0" / "scores.csv", [
         {"model": model, "crop": i, **row, "judge": judge} for model, scores in (("sft", (0.5, 0.7)), ("rl", (0.6, 0.9)))
         for i, judge in enumerate(scores)])
-    text = aggregate([tmp_path / "default-0", tmp_path / "default-1", tmp_path / "alone-0"])
+    text = aggregate([tmp_path / name for name in ("default-0", "default-1", "alone-0", "good-0")])
+    assert "| good | 1 | no gap | +0.100 |" in text  # SFT is already as good as the ground truth
     assert "| default | 2 | +75 ± 25 (50, 100) | +0.150 ± 0.050 |" in text and "-0.10 ± 0.00" in text
     assert "| alone | 1 | +50 ± 25 | +0.100 ± 0.050 | +0.000 ± 0.000 |" in text  # over crops: 0.1 and 0.2
     assert "| default | 0.100, 0.600, 0.750, 0.800 | 0.500, 0.500, 0.500, 0.800 | 30.00, 30.00, 29.90 |" in text
