@@ -152,9 +152,8 @@ def gap_closed(model, start, goal):
 
 
 def said_of_gap(model, start, goal):
-    """gap_closed in words: "gap closed 61%", or "no gap"."""
-    share = gap_closed(model, start, goal)
-    return "no gap" if math.isnan(share) else f"gap closed {share:.0%}"
+    """gap_closed in words: "gap closed 61%", or "no gap"; "gap closed nan%" where a score is NaN."""
+    return "no gap" if goal <= start else f"gap closed {gap_closed(model, start, goal):.0%}"
 
 
 def digits(column):
@@ -306,8 +305,9 @@ def aggregate(folders):
             error = mean_se(values)[1] if len(group) > 1 else group[0][2].get(key, math.nan)
             spread = f" ± {error:.{places}f}" if math.isfinite(error) else ""
             each = f" ({', '.join(f'{v:.{places}f}' for v in values)})"
-            cells.append("no gap" if key == "gap closed" and values.isnan().any() else f"{values.mean():+.{places}f}{spread}" + (
-                each if len(group) > 1 and key in ("gap closed", "psnr_y") else ""))
+            each = each if len(group) > 1 and key in ("gap closed", "psnr_y") else ""
+            gone = key == "gap closed" and any(runs["hq"]["judge"] <= runs["sft"]["judge"] for runs, _, _ in group)
+            cells.append("no gap" if gone else f"{values.mean():+.{places}f}{spread}{each}")
         changes.append(f"| {name} | {len(group)} | " + " | ".join(cells) + " |")
         means = {key: [sum(runs[row][key] for runs, _, _ in group) / len(group) for row in ("lq", "sft", "rl", "hq")
                        if group[0][0][row][key] is not None] for key in digits if key != "gap closed"}

@@ -39,7 +39,7 @@ def test_standard_error_and_gap():
     assert math.isnan(mean_se(torch.ones(1))[1])
     assert gap_closed(0.7, 0.6, 0.8) == pytest.approx(0.5) and math.isnan(gap_closed(1.0, 0.5, 0.5))
     assert math.isnan(gap_closed(0.9, 0.8, 0.7)) and said_of_gap(0.7, 0.6, 0.8) == "gap closed 50%"
-    assert said_of_gap(0.9, 0.8, 0.7) == "no gap"
+    assert said_of_gap(0.9, 0.8, 0.7) == "no gap" and said_of_gap(math.nan, 0.8, 0.9) == "gap closed nan%"
 
 
 def test_table_shows_what_is_there():
@@ -50,7 +50,8 @@ def test_table_shows_what_is_there():
 
 def test_runs_are_summed_up_by_name(tmp_path):
     row = {"judge": 0.6, "judge2": 0.5, "psnr_y": 30.0, "ssim": 0.8}
-    for name, judge, hq in (("default-0", 0.7, 0.8), ("default-1", 0.8, 0.8), ("alone-0", 0.7, 0.8), ("good-0", 0.7, 0.6)):
+    for name, judge, hq in (("default-0", 0.7, 0.8), ("default-1", 0.8, 0.8), ("alone-0", 0.7, 0.8),
+                            ("good-0", 0.7, 0.6)):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "summary.json").write_text(json.dumps({
