@@ -140,11 +140,11 @@ def degrade_sr(hq, generator=None, scale=4):
 def degrade_denoise(hq, generator=None, sigma=None):
     """Additive white Gaussian noise: y = x + sigma / 255 n, n ~ N(0, 1) (Zhang et al. 2017, DnCNN, arXiv 1608.03981).
 
-    sigma = 5 + 45 severity.
+    sigma = 5 + 70 severity, the range that FFDNet trains and tests on (Zhang et al. 2018, arXiv 1710.04026).
     """
-    severity = uniform(generator, 0, 1, len(hq)) if sigma is None else torch.full((len(hq),), (sigma - 5) / 45)
+    severity = uniform(generator, 0, 1, len(hq)) if sigma is None else torch.full((len(hq),), (sigma - 5) / 70)
     noise = torch.randn(hq.shape, generator=generator).to(hq.device)
-    return as_lq((hq + 1) / 2 + per_image((5 + 45 * severity) / 255, hq) * noise, severity)
+    return as_lq((hq + 1) / 2 + per_image((5 + 70 * severity) / 255, hq) * noise, severity)
 
 
 def degrade_deblur(hq, generator=None):
@@ -177,20 +177,23 @@ def degrade_jpeg(hq, generator=None, quality=None):
 
 
 def degrade_derain(hq, generator=None):
-    """Bright streaks on top of the image: y = x + b min(1, S) (Yang et al. 2017, arXiv 1609.07769, eq. 1).
+    """Bright streaks on top of the image: y = x + b min(1, sum_i S_i) (Yang et al. 2017, arXiv 1609.07769, eq. 1 and 2).
 
-    S: single bright pixels with probability 0.001 + 0.007 severity (the density), each smeared to a streak of 12 to 28
-    pixels (4 sigma of a Gaussian), 0.4 to 0.8 pixels thick (sigma), up to 35 degrees from the vertical, all alike
-    within one image. b = 0.25 + 0.5 severity, the same for the three colors.
+    Layers i = 1 to 1 + round(4 severity), each with an angle of its own: from one layer, as in Rain100L, to five, as
+    in Rain100H. S_i: single bright pixels with probability 0.001 + 0.004 severity (the density), each smeared to a
+    streak of 12 to 28 pixels (4 sigma of a Gaussian), 0.4 to 0.8 pixels thick (sigma), up to 35 degrees from the
+    vertical, all alike within a layer. b = 0.25 + 0.5 severity, the same for the three colors.
     """
     count, _, height, width = hq.shape
-    severity = uniform(generator, 0, 1, count)
-    along, across = uniform(generator, 3, 7, count), uniform(generator, 0.4, 0.8, count)
-    angle = math.pi / 2 + uniform(generator, -0.61, 0.61, count)
-    density, bright = per_image(0.001 + 0.007 * severity, hq), per_image(0.25 + 0.5 * severity, hq)
-    drops, each = torch.rand(2, count, 1, height, width, generator=generator).to(hq.device)
-    streak = gaussian_kernels(along, across, angle, 31)
-    rain = filter2d((drops < density) * (0.5 + 0.5 * each), streak / streak.amax((1, 2), keepdim=True))
+    severity, rain = uniform(generator, 0, 1, count), 0.0
+    density, bright = per_image(0.001 + 0.004 * severity, hq), per_image(0.25 + 0.5 * severity, hq)
+    for layer in range(5):
+        along, across = uniform(generator, 3, 7, count), uniform(generator, 0.4, 0.8, count)
+        angle = math.pi / 2 + uniform(generator, -0.61, 0.61, count)
+        drops, each = torch.rand(2, count, 1, height, width, generator=generator).to(hq.device)
+        falls = (drops < density) & per_image(layer <= (4 * severity).round(), hq)
+        streak = gaussian_kernels(along, across, angle, 31)
+        rain = rain + filter2d(falls * (0.5 + 0.5 * each), streak / streak.amax((1, 2), keepdim=True))
     return as_lq((hq + 1) / 2 + bright * rain.clamp(max=1), severity)
 
 
@@ -671,6 +674,37 @@ def random_crops(photos, count, size, generator, min_detail=0.04):
     return torch.stack(crops)
 
 
+def recolor(images, generator, shift=0.0):
+    """Random gamma, contrast, order and strength of colors, one draw per image and the same for each of `images`, a
+    list of (B, 3, H, W) in [-1, 1]: eleven photographs show few colors, and quality is not a matter of color.
+
+    shift: share of the room that is left to white (or to black) by which the brightness moves at most."""
+    count = len(images[0])
+    gamma, contrast, color = (torch.rand(3, count, 1, 1, 1, generator=generator) * torch.tensor(
+        [0.8, 0.5, 1.4]).view(3, 1, 1, 1, 1) + torch.tensor([0.7, 0.6, -0.2]).view(3, 1, 1, 1, 1)).unbind()
+    order = torch.rand(count, 3, generator=generator).argsort(1)[:, :, None, None].expand_as(images[0])
+    result = []
+    for x in images:
+        x = (((x + 1) / 2) ** gamma * contrast * 2 - contrast).gather(1, order)  # channels in another order
+        result.append(torch.lerp(x.mean(1, keepdim=True), x, color.clamp(0, 1)).clamp(-1, 1))
+    if shift:
+        move = shift * uniform(generator, -1, 1, count, 1, 1, 1)
+        low, high = (extreme(result[0], (1, 2, 3), keepdim=True) for extreme in (torch.amin, torch.amax))
+        room = torch.where(move > 0, 1 - high, low + 1)
+        result = [(x + move * room).clamp(-1, 1) for x in result]
+    return result
+
+
+def clean_crops(photos, count, size, generator, recolored=0.0):
+    """random_crops, a share `recolored` of them in other colors and at another brightness: a restorer that has seen few
+    bright scenes darkens them."""
+    hq = random_crops(photos, count, size, generator)
+    if not recolored:
+        return hq
+    chosen = torch.rand(count, 1, 1, 1, generator=generator) < recolored
+    return torch.where(chosen, recolor([hq], generator, shift=1.0)[0], hq)
+
+
 def grid_crops(photos, count, size, generator, min_fine_detail=0.03):
     """Up to `count` crops (N, 3, size, size) in [-1, 1] for evaluation: disjoint, unscaled, taken from the photographs
     in turn. Returns (crops, names), a name per crop that tells photograph, top and left."""
@@ -738,8 +772,8 @@ def pair_crops(pairs, count, size, generator, per_pair=1, workers=0, min_detail=
     return torch.cat(lq)[:count], torch.cat(hq)[:count]
 
 
-def training_batch(source, degrade, count, size, seed, per_pair, step):
-    """Batch number `step` of a training, (lq, hq): pair_crops of Pairs (degrade None), or degraded random_crops.
+def training_batch(source, degrade, count, size, seed, per_pair, recolored, step):
+    """Batch number `step` of a training, (lq, hq): pair_crops of Pairs (degrade None), or degraded clean_crops.
 
     For `stream`, with all arguments but step bound: batches are made ahead in workers, and a training that is resumed
     at a step goes on with the same ones."""
@@ -747,7 +781,7 @@ def training_batch(source, degrade, count, size, seed, per_pair, step):
     gen = generator(seed, 6, step)
     if degrade is None:
         return pair_crops(source, count, size, gen, per_pair)
-    hq = random_crops(source, count, size, gen)
+    hq = clean_crops(source, count, size, gen, recolored)
     return degrade(hq, gen)[0], hq
 
 

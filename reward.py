@@ -548,20 +548,6 @@ def ladder(hq, restored, lq, severity, generator):
     return torch.stack(images).clamp(-1, 1), quality
 
 
-def recolor(images, generator):
-    """Random gamma, contrast, order and strength of colors, one draw per image and the same for each of `images`, a
-    list of (B, 3, H, W) in [-1, 1]: eleven photographs show few colors, and quality is not a matter of color."""
-    count = len(images[0])
-    gamma, contrast, color = (torch.rand(3, count, 1, 1, 1, generator=generator) * torch.tensor(
-        [0.8, 0.5, 1.4]).view(3, 1, 1, 1, 1) + torch.tensor([0.7, 0.6, -0.2]).view(3, 1, 1, 1, 1)).unbind()
-    order = torch.rand(count, 3, generator=generator).argsort(1)[:, :, None, None].expand_as(images[0])
-    result = []
-    for x in images:
-        x = (((x + 1) / 2) ** gamma * contrast * 2 - contrast).gather(1, order)  # channels in another order
-        result.append(torch.lerp(x.mean(1, keepdim=True), x, color.clamp(0, 1)).clamp(-1, 1))
-    return result
-
-
 def soft_label(quality, values=VALUES):
     """(B,) in [0, 1] -> (B, 5) probabilities on the two neighbouring levels, whose expected value is `quality`."""
     v = torch.tensor(values, device=quality.device)
@@ -714,6 +700,7 @@ def train_judge(cfg):
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
     from tqdm import tqdm
 
+    from data import recolor
     from sft import one_cycle
     from utils import generator
     if cfg.name not in JUDGES:

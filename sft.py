@@ -99,6 +99,7 @@ class Config:
     # running
     workers: Annotated[int, "processes that decode and degrade ahead; 0: none"] = 0
     per_pair: Annotated[int, "crops taken of each decoded pair"] = 1
+    recolor: Annotated[float, "share of training crops in other colors and brightness, 0 to 1; not of pairs"] = 0.0
     resume: Annotated[bool, "go on from the last checkpoint in --out"] = False
     save_every: Annotated[int, "steps between checkpoints"] = 400
     gradient_checkpointing: Annotated[bool, "compute activations again instead of keeping them"] = False
@@ -110,13 +111,14 @@ class Config:
 def batches(cfg, source, degrade, crops, steps):
     """Yields (lq, hq) for each of `steps`. In workers, and of pairs (degrade None), batches are numbered, so that they
     do not depend on the number of workers; else they follow the generator `crops` in this process."""
-    from data import random_crops, stream, training_batch
+    from data import clean_crops, stream, training_batch
     if degrade is None or cfg.workers:
-        make = functools.partial(training_batch, source, degrade, cfg.batch, cfg.size, cfg.seed, cfg.per_pair)
+        make = functools.partial(training_batch, source, degrade, cfg.batch, cfg.size, cfg.seed, cfg.per_pair,
+                                 cfg.recolor)
         yield from stream(make, steps, cfg.workers)
     else:
         for _ in steps:
-            hq = random_crops(source, cfg.batch, cfg.size, crops)
+            hq = clean_crops(source, cfg.batch, cfg.size, crops, cfg.recolor)
             yield degrade(hq, crops)[0], hq
 
 
@@ -155,6 +157,8 @@ def train(cfg):
         if name not in DTYPES:
             raise UserError(f"--dtype/--store {name}: unknown; choose one of {', '.join(DTYPES)}")
     degrade = None if isinstance(source, Pairs) else degrade
+    if not 0 <= cfg.recolor <= (degrade is not None):
+        raise UserError(f"--recolor {cfg.recolor}: must be from 0 to 1, and 0 for pairs, whose lq is given; leave it out")
     if cfg.model and (cfg.channels, cfg.residual_scale) != (Config.channels, Config.residual_scale):
         raise UserError(f"--channels, --residual-scale: {cfg.model} has its own; leave them or --model out")
     restorer = (load(cfg.model, device, cfg.dtype) if cfg.model

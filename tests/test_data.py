@@ -193,9 +193,11 @@ def test_sr4_is_what_it_was_and_other_scales_differ(crops):
 def test_noise_has_the_sigma_of_its_name():
     grey = torch.zeros(1, 3, 256, 256)
     lq, severity = get_task("denoise25")(grey, generator(0))
-    assert lq.std().item() * 127.5 == pytest.approx(25, rel=0.01) and severity.item() == pytest.approx(20 / 45)
-    lq, severity = get_task("denoise")(grey.expand(6, -1, -1, -1), generator(0))
-    torch.testing.assert_close(lq.flatten(1).std(1) * 127.5, 5 + 45 * severity, rtol=0.02, atol=0)
+    assert lq.std().item() * 127.5 == pytest.approx(25, rel=0.01) and severity.item() == pytest.approx(20 / 70)
+    lq, severity = get_task("denoise")(grey.expand(8, -1, -1, -1), generator(0))
+    mild = severity < 0.55  # beyond a sigma of 43 a file's range cuts the noise off
+    torch.testing.assert_close(lq[mild].flatten(1).std(1) * 127.5, 5 + 70 * severity[mild], rtol=0.02, atol=0)
+    assert mild.sum() >= 3
 
 
 def test_jpeg_equals_a_file_of_that_quality(crops, tmp_path):
@@ -243,6 +245,11 @@ def test_haze_follows_its_formula():
 def test_rain_only_brightens_and_lowlight_darkens(crops):
     rain, _ = get_task("derain")(crops, generator(0))
     assert (rain >= round_8bit(crops) - 1e-6).all()
+    black = torch.full((64, 3, 48, 48), -1.0)
+    lit, severity = get_task("derain")(black, generator(1))
+    share = (lit > -1).float().mean((1, 2, 3))  # of pixels in the rain: one layer of few streaks to five of many
+    assert share[severity < 0.12].mean() < 0.2 < 0.4 < share[severity > 0.88].mean()
+    assert (lit.amax((1, 2, 3)) <= 2 * (0.25 + 0.5 * severity) - 1 + 0.01).all()  # b min(1, S): layers do not add up
     dark, severity = get_task("lowlight")(crops, generator(0))
     assert (dark.mean((1, 2, 3)) < crops.mean((1, 2, 3))).all()
     flat = torch.full((64, 3, 32, 32), 0.5)
@@ -408,10 +415,28 @@ def test_pair_crops_are_aligned_seeded_and_independent_of_workers(small_pairs):
         pair_crops(small_pairs, 1, 128, generator(0))
 
 
+def test_recolored_crops_keep_their_structure_and_fill_the_range():
+    from data import clean_crops, recolor
+    photos = photographs("train")
+    plain = clean_crops(photos, 64, 32, generator(0))
+    assert torch.equal(plain, random_crops(photos, 64, 32, generator(0)))
+    half, every = (clean_crops(photos, 64, 32, generator(0), share) for share in (0.5, 1.0))
+    kept = (half == plain).flatten(1).all(1)
+    assert 20 < kept.sum() < 44 and not (every == plain).flatten(1).all(1).any()
+    assert every.abs().max() <= 1 and torch.equal(every, clean_crops(photos, 64, 32, generator(0), 1.0))
+    bright = [(x.mean((1, 2, 3)) > 0.3).sum() for x in (plain, every)]
+    assert bright[1] >= bright[0] + 5, bright
+    ramp = torch.linspace(-1, 1, 32).expand(16, 3, 32, 32)
+    moved, = recolor([ramp], generator(1), shift=1.0)
+    assert (moved.diff(dim=3) >= -1e-6).all()  # a tone curve: what was brighter stays brighter
+    first, second = recolor([ramp, ramp * 0.5], generator(2), shift=1.0)
+    assert (first.amax((1, 2, 3)) - second.amax((1, 2, 3)) >= -1e-6).all()  # one draw for all of a list
+
+
 def test_batches_come_in_order_from_any_number_of_workers(small_pairs):
     state = torch.get_rng_state()
     for source, degrade in ((small_pairs, None), (photographs("val"), get_task("mixed"))):
-        make = functools.partial(training_batch, source, degrade, 3, 32, 0, 1)
+        make = functools.partial(training_batch, source, degrade, 3, 32, 0, 1, 0.5 if degrade else 0.0)
         plain = [make(step) for step in range(5)]
         for workers in (0, 2):
             for (lq, hq), (a, b) in zip(stream(make, range(5), workers), plain, strict=True):

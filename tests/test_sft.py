@@ -96,12 +96,15 @@ def test_training_on_pairs_does_not_depend_on_workers(tmp_path, tiny_restorer, p
                      batch=2, size=32, device="cpu", workers=workers, per_pair=2))
         weights.append((out / "model/unet/diffusion_pytorch_model.safetensors").read_bytes())
     assert weights[0] == weights[1]
+    with pytest.raises(UserError, match="--recolor 0.5"):
+        train(Config(model=str(tmp_path / "start"), lq=str(tmp_path / "lq"), hq=str(photo_folder), device="cpu",
+                     out=str(tmp_path / "no"), recolor=0.5))
 
 
 def test_photographs_through_workers_make_a_model_and_a_bad_folder_is_named(tmp_path, tiny_restorer, photo_folder):
     tiny_restorer().save(tmp_path / "start")
     train(Config(task="mixed", model=str(tmp_path / "start"), data=str(photo_folder), out=str(tmp_path / "a"), steps=2,
-                 batch=2, size=32, device="cpu", workers=1))
+                 batch=2, size=32, device="cpu", workers=1, recolor=0.5))
     assert '"task": "mixed"' in (tmp_path / "a/model/restorer.json").read_text()
     with pytest.raises(UserError, match="--hq"):
         train(Config(lq=str(photo_folder), out=str(tmp_path / "b"), device="cpu"))
