@@ -23,9 +23,9 @@ Chosen here:
     noise (reward.symmetric).
  5. Fidelity is a constraint, not a reward, and each step is a constrained one (ConstrainedAdamW): the loss decides as
     long as a step goes no more than 0.3 of the way to the limit, nine tenths of --fidelity-budget; then the step slides
-    along it. The gradient is that of SSIM alone, on training inputs, through the sampling chain, which is
-    differentiable where a judge is not in practice. How far the limit is, is measured on validation photographs,
-    because the training crops lose more.
+    along it. The gradient is that of SSIM and of brightness (lost_fidelity), on training inputs, through the sampling
+    chain, which is differentiable where a judge is not in practice. How far the limit is, is measured on validation
+    photographs, because the training crops lose more.
  6. --train modulation trains normalizations and time embeddings (Restorer.train_only), a ninth of the small restorer's
     weights: they can sharpen and calm every feature at every noise level, and collect less noise of the gradient.
  7. What is kept is a running average of the weights over the optimizer steps, and of these averages the one with the
@@ -46,6 +46,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 
 
 # ---- losses: per-sample tensors in, (loss, info) out ----
@@ -343,16 +344,28 @@ def step_loss(restorer, reference, batch, k, share, cfg, noise):
     return loss, info | {"rl_loss": rl.mean().detach(), "loss": loss.detach()}
 
 
-def fidelity_gradient(restorer, lq, hq, cfg, noise):
-    """Gradient of the lost fidelity, minus 20 SSIM, mean over inputs, through whole chains of fresh noise, one for each
-    input: a list of one tensor per weight. The weights' own gradients are used up. Inputs go through in parts, because
-    a chain keeps all its steps in memory.
+def lost_fidelity(images, refs):
+    """What the constraint's gradient is taken of, up to a constant: minus 20 SSIM and minus the part of PSNR-Y that
+    lies in the means of 16 x 16 pixels; (B, 3, H, W) in [-1, 1] twice -> (B,).
 
-    Of SSIM alone, whichever limit is felt: it restores PSNR as well (their gradients have a cosine of 0.93) and takes
-    less of the reward, which prefers anything to the blur that PSNR asks for."""
+    Of SSIM, whichever limit is felt: where brightness is sure it restores PSNR as well (their gradients have a cosine
+    of 0.92 for sr) and takes less of the reward, which prefers anything to the blur that PSNR asks for. SSIM hardly
+    sees a wrong brightness, though, and block means hold no blur. As these means are orthogonal to the rest of the
+    error, the gradient of PSNR splits the same way: 10 / ln 10 * (mean of squared means) / (mean squared error), of
+    which only the numerator is differentiated."""
+    from reward import luma, ssim
+    error = luma(images) - luma(refs)
+    coarse = F.avg_pool2d(error, min(16, *error.shape[-2:])).square().flatten(1).mean(1)
+    return 10 / math.log(10) * coarse / error.square().flatten(1).mean(1).detach().clamp(min=1e-10) - 20 * ssim(
+        images, refs)
+
+
+def fidelity_gradient(restorer, lq, hq, cfg, noise):
+    """Gradient of lost_fidelity, mean over inputs, through whole chains of fresh noise, one for each input: a list of
+    one tensor per weight. The weights' own gradients are used up. Inputs go through in parts, because a chain keeps all
+    its steps in memory."""
     from torch.utils.checkpoint import checkpoint
 
-    from reward import ssim
     from sample import rollout
     weights, part = restorer.weights(), max(1, cfg.micro_batch // cfg.steps)
     for p in weights:
@@ -363,7 +376,7 @@ def fidelity_gradient(restorer, lq, hq, cfg, noise):
     for i in range(0, len(lq), part):
         z = rollout(restorer, lq[i:i + part], cfg.steps, cfg.eta, noise[i:i + part], keep=False, grad=True,
                     predict=predict if cfg.gradient_checkpointing else None).z[-1]
-        (-20 * ssim(restorer.decode(z, lq[i:i + part]), hq[i:i + part]).sum() / len(lq)).backward()
+        (lost_fidelity(restorer.decode(z, lq[i:i + part]), hq[i:i + part]).sum() / len(lq)).backward()
     gradients = [p.grad for p in weights]
     for p in weights:
         p.grad = None

@@ -81,9 +81,24 @@ def test_the_bend_of_a_step_is_bounded():
     assert optimizer.multiplier == pytest.approx(2.0) and p.abs().max() < 0.1
 
 
+def test_the_gradient_of_lost_fidelity_is_that_of_ssim_and_the_coarse_part_of_that_of_psnr(gen):
+    from reward import psnr_y, ssim
+    x, y = torch.rand(2, 2, 3, 48, 32, generator=gen) * 1.6 - 0.8
+    y[0] -= 0.3  # one image with a wrong brightness
+    x.requires_grad_()
+    of_psnr, = torch.autograd.grad(-psnr_y(x, y).sum(), x)
+    found, = torch.autograd.grad((rl.lost_fidelity(x, y) + 20 * ssim(x, y)).sum(), x)
+    coarse = torch.nn.functional.avg_pool2d(of_psnr, 16).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    torch.testing.assert_close(found, coarse, atol=1e-7, rtol=1e-3)
+    assert coarse[0].norm() > 2 * coarse[1].norm() > 0
+    small = rl.lost_fidelity(x[..., :12, :12], y[..., :12, :12])  # less than a block
+    assert small.shape == (2,) and small.isfinite().all()
+
+
 @pytest.mark.parametrize("checkpointing", (False, True))
 def test_fidelity_gradient_is_that_of_a_finite_difference(checkpointing, tiny_restorer, gen):
-    """Minus 20 SSIM through all steps of a chain: a step along its gradient changes it as predicted."""
+    """Through all steps of a chain: a step along the gradient changes minus 20 SSIM and the coarse error as predicted."""
+    from reward import luma
     from sample import rollout
     restorer, hq = tiny_restorer(seed=3), torch.rand(4, 3, 32, 32, generator=gen) * 2 - 1
     lq, cfg = hq.roll(1, 3), Config(steps=4, eta=1.0, micro_batch=8, gradient_checkpointing=checkpointing)
@@ -92,9 +107,14 @@ def test_fidelity_gradient_is_that_of_a_finite_difference(checkpointing, tiny_re
     def noise():
         return [torch.Generator().manual_seed(i) for i in range(4)]
 
+    def restored():
+        return restorer.decode(rollout(restorer, lq, 4, 1.0, noise(), keep=False).z[-1], lq)
+    squared = (luma(restored()) - luma(hq)).square().mean((1, 2, 3))  # the error that PSNR starts from
+
     def loss():
-        z = rollout(restorer, lq, 4, 1.0, noise(), keep=False).z[-1]
-        return -rl.fidelity(restorer.decode(z, lq), hq)[:, 1].mean().item()
+        image = restored()
+        means = (luma(image) - luma(hq)).unfold(2, 16, 16).unfold(3, 16, 16).mean((4, 5)).square().mean((1, 2, 3))
+        return (10 / math.log(10) * means / squared - rl.fidelity(image, hq)[:, 1]).mean().item()
     grads = rl.fidelity_gradient(restorer, lq, hq, cfg, noise())
     norm, before = sum((g ** 2).sum() for g in grads).sqrt(), loss()
     with torch.no_grad():
