@@ -637,7 +637,7 @@ def bench(restorer, size, batch):
     from statistics import median
     from types import SimpleNamespace
 
-    from rl import ConstrainedAdamW, fidelity_gradient
+    from rl import ConstrainedAdamW, chain_gradient, lost_fidelity
 
     def timed(call):
         seconds = []
@@ -660,7 +660,8 @@ def bench(restorer, size, batch):
 
     def update():
         noise = [torch.Generator().manual_seed(i) for i in range(batch)]
-        optimizer.set_constraint(fidelity_gradient(restorer, lq, lq.flip(3), cfg, noise), 0.1)
+        optimizer.set_constraint(chain_gradient(
+            restorer, lq, lambda images, part: lost_fidelity(images, lq[part].flip(3)), cfg, noise), 0.1)
         restorer.predict(z, t, c).square().mean().backward()
         optimizer.step(), optimizer.zero_grad()
     no_grad = torch.no_grad()

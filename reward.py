@@ -230,10 +230,13 @@ class MLLM:
         except Exception as error:  # of transformers, safetensors, the hub, jinja, the device: many kinds
             fail(f"judge {source}: {reason(error, device)}")
 
-    def inputs(self, images):
-        """(B, 3, H, W) in [-1, 1] -> the processor's tensors on the model's device and in its dtype."""
+    def inputs(self, images, rounded=True):
+        """(B, 3, H, W) in [-1, 1] -> the processor's tensors on the model's device and in its dtype.
+
+        rounded: to 8 bits, as a file would hold them; not so where a gradient has to pass."""
         from utils import to_uint8
-        pixels = [[image] for image in to_uint8(images).cpu()]  # nested, as only that form is the same for all
+        images = to_uint8(images) if rounded else (images + 1) * 127.5
+        pixels = [[image] for image in images.cpu()]  # nested, as only that form is the same for all
         return self.processor(text=[self.text] * len(pixels), images=pixels, padding=True,
                               return_tensors="pt").to(self.model.device, self.model.dtype)
 
@@ -254,12 +257,19 @@ class MLLMJudge(MLLM):
         if len(self.values) != len(levels):
             fail(f"{len(self.values)} values for {len(levels)} level words; give one for each with --values")
 
-    def logits(self, images):
+    def logits(self, images, rounded=True):
         """(B, 3, H, W) in [-1, 1] -> (B, vocabulary) next-token logits after the stem."""
-        return self.model(**self.inputs(images), **self.last, use_cache=False).logits[:, -1]
+        return self.model(**self.inputs(images, rounded), **self.last, use_cache=False).logits[:, -1]
 
-    def scores(self, images):
-        return expected_level(self.logits(images)[:, self.ids], self.values)
+    def scores(self, images, rounded=True):
+        return expected_level(self.logits(images, rounded)[:, self.ids], self.values)
+
+    def differentiable(self, images, refs=None):
+        """The scores of one size of images without rounding, so that a gradient flows back; (B, 3, H, W) -> (B,)."""
+        scores = self.scores(images, rounded=False).to(images.device)
+        if images.requires_grad and not scores.requires_grad:
+            fail("the judge's processor lets no gradient through; use --estimator policy")
+        return scores
 
     @torch.no_grad()
     def __call__(self, images, refs=None):

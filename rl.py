@@ -192,6 +192,7 @@ class Config:
     train_steps: Annotated[int, "denoising steps that the update trains, the noisiest first; 0: all"] = 0
     micro_batch: Annotated[int, "samples in memory at once"] = 64
     lr: Annotated[float, "peak learning rate of AdamW, see learning_rate"] = 4e-4
+    estimator: Annotated[str, "policy; or reward: the judge's own gradient, through the sampler, if it has one"] = "policy"
     clip_range: Annotated[float, "of the ratio of mean log-densities"] = 2e-3
     kl_coef: Annotated[float, "beta, weight of the KL to the SFT restorer"] = 1e-5
     average: Annotated[float, "decay per optimizer step of the weight average that is saved; 0: the last weights"] = 0.9
@@ -239,6 +240,8 @@ def check(cfg):
         raise UserError("--dtype float16: small gradients vanish in it; train with bfloat16 or float32")
     if cfg.train not in ("modulation", "all"):
         raise UserError(f"--train {cfg.train}: unknown; choose modulation or all")
+    if cfg.estimator not in ("policy", "reward"):
+        raise UserError(f"--estimator {cfg.estimator}: unknown; choose policy or reward")
     if cfg.distance not in ("iqa_gap", "mse", "ssim"):
         raise UserError(f"--distance {cfg.distance}: unknown; choose iqa_gap, mse or ssim")
     judged_every(cfg.reward_mode)
@@ -360,10 +363,12 @@ def lost_fidelity(images, refs):
         images, refs)
 
 
-def fidelity_gradient(restorer, lq, hq, cfg, noise):
-    """Gradient of lost_fidelity, mean over inputs, through whole chains of fresh noise, one for each input: a list of
-    one tensor per weight. The weights' own gradients are used up. Inputs go through in parts, because a chain keeps all
-    its steps in memory."""
+def chain_gradient(restorer, lq, loss, cfg, noise):
+    """Gradient of a loss of restorations, mean over inputs, through whole chains of fresh noise, one for each input: a
+    list of one tensor per weight. The weights' own gradients are used up.
+
+    loss(images, part): (b, 3, H, W) that belong to lq[part] -> (b,). Inputs go through in parts, because a chain keeps
+    all its steps in memory."""
     from torch.utils.checkpoint import checkpoint
 
     from sample import rollout
@@ -373,10 +378,10 @@ def fidelity_gradient(restorer, lq, hq, cfg, noise):
 
     def predict(*inputs):
         return checkpoint(restorer.predict, *inputs, use_reentrant=False)
-    for i in range(0, len(lq), part):
-        z = rollout(restorer, lq[i:i + part], cfg.steps, cfg.eta, noise[i:i + part], keep=False, grad=True,
+    for own in (slice(i, i + part) for i in range(0, len(lq), part)):
+        z = rollout(restorer, lq[own], cfg.steps, cfg.eta, noise[own], keep=False, grad=True,
                     predict=predict if cfg.gradient_checkpointing else None).z[-1]
-        (lost_fidelity(restorer.decode(z, lq[i:i + part]), hq[i:i + part]).sum() / len(lq)).backward()
+        (loss(restorer.decode(z, lq[own]), own).sum() / len(lq)).backward()
     gradients = [p.grad for p in weights]
     for p in weights:
         p.grad = None
@@ -393,22 +398,31 @@ def summed(gradients):
     return [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients)]
 
 
-def update(restorer, reference, average, optimizer, batches, total, excess, cfg, noise):
+def update(restorer, reference, average, optimizer, batches, total, excess, cfg, noise, judge=None):
     """`cfg.updates` optimizer steps on collected batches. Returns the means of what was logged, the ratio error first.
 
     Each optimizer step gets its own part of the denoising steps; a micro-batch is one step in one batch. The gradient
     of the fidelity, like the drop, is that of the weights before them. total: samples in the batches of all processes.
-    excess: drop - its limit, a float, or None without a budget.
+    excess: drop - its limit, a float, or None without a budget. judge: with --estimator reward, the differentiable one;
+    batches then hold `cap`, the rewards of the ground truths, and advantages of 0.
     noise(*stream, inputs=False): the generator of a purpose, or a list of them, one for each input of this process.
     """
     usable = batches[0]["trajectory"].stochastic.nonzero().flatten().cpu()[:cfg.train_steps or None]
     drawn = usable[torch.randperm(len(usable), generator=noise(0))]
     parts, repeats, logs = drawn.tensor_split(min(cfg.updates, len(drawn))), cfg.samples_per_input, []
+    lq, hq = (torch.cat([batch[key] for batch in batches])[::repeats] for key in ("lq", "hq"))
+
+    def through_chains(loss, stream):  # processes: the mean over the inputs of all
+        gradients = chain_gradient(restorer, lq, loss, cfg, noise(stream, inputs=True))
+        torch._foreach_div_(gradients, total / repeats / len(lq))
+        return summed(gradients)
     if excess is not None:
-        lq, hq = (torch.cat([batch[key] for batch in batches])[::repeats] for key in ("lq", "hq"))
-        of_drop = fidelity_gradient(restorer, lq, hq, cfg, noise(2, inputs=True))
-        torch._foreach_div_(of_drop, total / repeats / len(lq))  # processes: the mean over the inputs of all
-        of_drop = summed(of_drop)
+        of_drop = through_chains(lambda images, part: lost_fidelity(images, hq[part]), 2)
+    if judge:
+        cap = torch.cat([batch["cap"] for batch in batches])[::repeats]
+        weight = torch.cat([batch["weight"] for batch in batches]).view(-1, repeats).mean(1)
+        of_reward = through_chains(
+            lambda images, part: -weight[part] * torch.minimum(judge(images), cap[part]), 3)
     for index, part in enumerate(parts):
         optimizer.zero_grad()
         own = noise(1, index, inputs=True)
@@ -420,6 +434,8 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
                 logs.append({key: value.item() for key, value in info.items()})
         weights = restorer.weights()
         gradients = summed([torch.zeros_like(p) if p.grad is None else p.grad for p in weights])
+        if judge:
+            torch._foreach_add_(gradients, of_reward)
         for p, gradient in zip(weights, gradients):
             p.grad = gradient
         grad_norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -535,7 +551,13 @@ def train(cfg):
     best = {name: value.cpu().clone() for name, value in reference.state_dict().items()}
     reward_device = pick_device(cfg.reward_device, "--reward-device") if cfg.reward_device else device
     scorer = load_reward(cfg.reward, reward_device, trust_remote_code=cfg.trust_remote_code)
-    judge = symmetric(scorer, cfg.views)
+    judge, slope = symmetric(scorer, cfg.views), None
+    if cfg.estimator == "reward":
+        if not hasattr(scorer, "differentiable"):
+            raise UserError(f"--estimator reward: {cfg.reward} has no gradient; use an MLLM judge that scores by level "
+                            "words, or --estimator policy")
+        scorer.model.requires_grad_(False)
+        slope = symmetric(scorer.differentiable, cfg.views)
     memory, difficulty = RewardMemory(cfg.memory), Difficulty(cfg.weight)
     fixed = generator(cfg.seed, 20)
     if isinstance(sources["train"], Pairs):
@@ -614,6 +636,9 @@ def train(cfg):
         own = (own_share(x, world).split(sizes) for x in (advantage.T, weight))
         for batch, a, w in zip(batches, *own):
             batch["advantage"], batch["weight"] = a.T, w
+        if slope:
+            for batch, c in zip(batches, caps):
+                batch["advantage"], batch["cap"] = torch.zeros_like(batch["advantage"]), c
 
         # update
         def noise(*stream, inputs=False):
@@ -627,7 +652,7 @@ def train(cfg):
         # aims a little inside the budget: the drop comes to rest at its limit, and only averages within the budget are
         # kept
         excess = None if drop is None else drop.max().item() - 0.9 * cfg.fidelity_budget
-        losses = update(restorer, reference, average, optimizer, batches, len(ids), excess, cfg, noise)
+        losses = update(restorer, reference, average, optimizer, batches, len(ids), excess, cfg, noise, slope)
 
         # log, and keep the best average so far
         reward = rewards[max(rewards)]

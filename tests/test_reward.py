@@ -522,6 +522,22 @@ def test_score_takes_its_flags_and_sums(tmp_path, folders, capsys):
         table("--metric", f"judge+{source}", files=files[:1])
 
 
+@pytest.mark.parametrize("name", ("judge", "judge2"))
+def test_the_gradient_of_a_judge_is_that_of_a_finite_difference(name, gen):
+    """On an image without details smaller than a patch, whose scores without and with rounding agree."""
+    judge = load(name)
+    judge.model.requires_grad_(False)
+    images = torch.nn.functional.interpolate(torch.rand(2, 3, 16, 16, generator=gen) * 1.6 - 0.8, size=(64, 64))
+    images.requires_grad_()
+    scores = judge.differentiable(images)
+    torch.testing.assert_close(scores.detach(), judge(images.detach()), atol=3e-3, rtol=0)
+    gradient, = torch.autograd.grad(scores.sum(), images)
+    step = 0.004 * gradient / gradient.norm()
+    with torch.no_grad():
+        gained = judge.differentiable(images + step) - judge.differentiable(images - step)
+    assert gained.sum() == pytest.approx(0.008 * gradient.norm().item(), rel=0.1) and (gained > 0).all()
+
+
 def test_symmetric_reward_does_not_depend_on_how_the_image_is_turned(gen):
     """Over all eight views: any turn of the image scores the same; a reward without reference gets none."""
     def corner(images, refs=None):

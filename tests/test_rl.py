@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import ROOT
 
 import rl
 from rl import Config, ConstrainedAdamW, better, check, combined_loss, kl_to_reference, policy_loss
@@ -96,7 +97,7 @@ def test_the_gradient_of_lost_fidelity_is_that_of_ssim_and_the_coarse_part_of_th
 
 
 @pytest.mark.parametrize("checkpointing", (False, True))
-def test_fidelity_gradient_is_that_of_a_finite_difference(checkpointing, tiny_restorer, gen):
+def test_chain_gradient_is_that_of_a_finite_difference(checkpointing, tiny_restorer, gen):
     """Through all steps of a chain: a step along the gradient changes minus 20 SSIM and the coarse error as predicted."""
     from reward import luma
     from sample import rollout
@@ -115,7 +116,7 @@ def test_fidelity_gradient_is_that_of_a_finite_difference(checkpointing, tiny_re
         image = restored()
         means = (luma(image) - luma(hq)).unfold(2, 16, 16).unfold(3, 16, 16).mean((4, 5)).square().mean((1, 2, 3))
         return (10 / math.log(10) * means / squared - rl.fidelity(image, hq)[:, 1]).mean().item()
-    grads = rl.fidelity_gradient(restorer, lq, hq, cfg, noise())
+    grads = rl.chain_gradient(restorer, lq, lambda x, part: rl.lost_fidelity(x, hq[part]), cfg, noise())
     norm, before = sum((g ** 2).sum() for g in grads).sqrt(), loss()
     with torch.no_grad():
         for p, g in zip(restorer.weights(), grads):
@@ -274,6 +275,15 @@ def test_only_the_chosen_part_trains(part, moves, run):
 def test_reference_rewards_train(reward, distance, run):
     log = rows(run("ref", reward=reward, distance=distance, iterations=1))
     assert math.isfinite(log[1]["loss"]) and 0 <= log[1]["weight"] <= 1
+
+
+def test_the_judges_own_gradient_trains_and_is_refused_where_there_is_none(run):
+    log = rows(run("own", reward=f"mllm:{ROOT}/weights/judge", estimator="reward", iterations=2, sft_coef=0.0, kl_coef=0.0))
+    assert log[1]["rl_loss"] == 0 and log[1]["grad_norm"] > 0  # advantages of 0: all of the gradient is the judge's
+    with pytest.raises(UserError, match="--estimator reward: psnr has no gradient"):
+        run("none", reward="psnr", estimator="reward")
+    with pytest.raises(UserError, match="--estimator x"):
+        run("bad", estimator="x")
 
 
 @pytest.mark.parametrize("family", ("ldm-sr", "sd-controlnet", "sd-x4-upscaler", "dit"))
