@@ -177,7 +177,7 @@ def degrade_jpeg(hq, generator=None, quality=None):
 
 
 def degrade_derain(hq, generator=None):
-    """Bright streaks on top of the image: y = x + b min(1, sum_i S_i) (Yang et al. 2017, arXiv 1609.07769, eq. 1 and 2).
+    """Bright streaks on top of the image: y = x + b min(1, sum_i S_i) (Yang et al. 2017, arXiv 1609.07769).
 
     Layers i = 1 to 1 + round(4 severity), each with an angle of its own: from one layer, as in Rain100L, to five, as
     in Rain100H. S_i: single bright pixels with probability 0.001 + 0.004 severity (the density), each smeared to a

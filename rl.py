@@ -192,7 +192,7 @@ class Config:
     train_steps: Annotated[int, "denoising steps that the update trains, the noisiest first; 0: all"] = 0
     micro_batch: Annotated[int, "samples in memory at once"] = 64
     lr: Annotated[float, "peak learning rate of AdamW, see learning_rate"] = 4e-4
-    estimator: Annotated[str, "policy; or reward: the judge's own gradient, through the sampler, if it has one"] = "policy"
+    estimator: Annotated[str, "policy, or reward: the judge's own gradient through the sampler"] = "policy"
     clip_range: Annotated[float, "of the ratio of mean log-densities"] = 2e-3
     kl_coef: Annotated[float, "beta, weight of the KL to the SFT restorer"] = 1e-5
     average: Annotated[float, "decay per optimizer step of the weight average that is saved; 0: the last weights"] = 0.9

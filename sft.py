@@ -158,7 +158,7 @@ def train(cfg):
             raise UserError(f"--dtype/--store {name}: unknown; choose one of {', '.join(DTYPES)}")
     degrade = None if isinstance(source, Pairs) else degrade
     if not 0 <= cfg.recolor <= (degrade is not None):
-        raise UserError(f"--recolor {cfg.recolor}: must be from 0 to 1, and 0 for pairs, whose lq is given; leave it out")
+        raise UserError(f"--recolor {cfg.recolor}: must be from 0 to 1, and 0 for pairs, whose lq is given")
     if cfg.model and (cfg.channels, cfg.residual_scale) != (Config.channels, Config.residual_scale):
         raise UserError(f"--channels, --residual-scale: {cfg.model} has its own; leave them or --model out")
     restorer = (load(cfg.model, device, cfg.dtype) if cfg.model
