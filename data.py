@@ -140,7 +140,7 @@ def degrade_sr(hq, generator=None, scale=4):
 def degrade_denoise(hq, generator=None, sigma=None):
     """Additive white Gaussian noise: y = x + sigma / 255 n, n ~ N(0, 1) (Zhang et al. 2017, DnCNN, arXiv 1608.03981).
 
-    sigma = 5 + 70 severity, the range that FFDNet trains and tests on (Zhang et al. 2018, arXiv 1710.04026).
+    sigma = 5 + 70 severity, up to the 75 of FFDNet (Zhang et al. 2018, arXiv 1710.04026).
     """
     severity = uniform(generator, 0, 1, len(hq)) if sigma is None else torch.full((len(hq),), (sigma - 5) / 70)
     noise = torch.randn(hq.shape, generator=generator).to(hq.device)
@@ -678,7 +678,8 @@ def recolor(images, generator, shift=0.0):
     """Random gamma, contrast, order and strength of colors, one draw per image and the same for each of `images`, a
     list of (B, 3, H, W) in [-1, 1]: eleven photographs show few colors, and quality is not a matter of color.
 
-    shift: share of the room that is left to white (or to black) by which the brightness moves at most."""
+    shift: share of the room that the first of `images` leaves to white (or to black) by which the brightness moves at
+    most; the others may clip."""
     count = len(images[0])
     gamma, contrast, color = (torch.rand(3, count, 1, 1, 1, generator=generator) * torch.tensor(
         [0.8, 0.5, 1.4]).view(3, 1, 1, 1, 1) + torch.tensor([0.7, 0.6, -0.2]).view(3, 1, 1, 1, 1)).unbind()

@@ -1,6 +1,7 @@
 """Rewards: the score of an image-quality model built on a multimodal language model (MLLM), and others, one contract.
 
-  reward(images, refs=None) -> (B,)     images, refs: (B, 3, H, W) in [-1, 1]; higher is better; no gradient;
+  reward(images, refs=None) -> (B,)     images, refs: (B, 3, H, W) in [-1, 1]; higher is better; no gradient
+                                        (some have reward.differentiable(images) with one);
                                         an image gets the same score in any batch (to the rounding of the dtype)
   Judges and pyiqa also take lists of (3, H, W) of several sizes; only images of one size share a batch, so no padding
   enters a model. NaN: this judge gave no score; a number is never made up in its place.
@@ -265,11 +266,9 @@ class MLLMJudge(MLLM):
         return expected_level(self.logits(images, rounded)[:, self.ids], self.values)
 
     def differentiable(self, images, refs=None):
-        """The scores of one size of images without rounding, so that a gradient flows back; (B, 3, H, W) -> (B,)."""
-        scores = self.scores(images, rounded=False).to(images.device)
-        if images.requires_grad and not scores.requires_grad:
-            fail("the judge's processor lets no gradient through; use --estimator policy")
-        return scores
+        """Scores with a gradient, of images of one size, (B, 3, H, W) -> (B,): without rounding to 8 bits; where the
+        processor resizes, without clamping. No gradient if the processor leaves torch, as some do."""
+        return self.scores(images, rounded=False).to(images.device)
 
     @torch.no_grad()
     def __call__(self, images, refs=None):

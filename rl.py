@@ -24,8 +24,7 @@ Chosen here:
  5. Fidelity is a constraint, not a reward, and each step is a constrained one (ConstrainedAdamW): the loss decides as
     long as a step goes no more than 0.3 of the way to the limit, nine tenths of --fidelity-budget; then the step slides
     along it. The gradient is that of SSIM and of brightness (lost_fidelity), on training inputs, through the sampling
-    chain, which is differentiable where a judge is not in practice. How far the limit is, is measured on validation
-    photographs, because the training crops lose more.
+    chain. How far the limit is, is measured on validation photographs, because the training crops lose more.
  6. --train modulation trains normalizations and time embeddings (Restorer.train_only), a ninth of the small restorer's
     weights: they can sharpen and calm every feature at every noise level, and collect less noise of the gradient.
  7. What is kept is a running average of the weights over the optimizer steps, and of these averages the one with the
@@ -33,6 +32,10 @@ Chosen here:
  8. Every random number belongs to (seed, iteration, sample), so that neither the micro-batch, nor the number of
     processes, nor a resumed run changes it. Processes share out the inputs; rewards, memory and difficulty are
     gathered, gradients are summed once per optimizer step.
+ 9. --estimator reward puts the judge's own gradient in the place of L_RL: that of -w min(M(x_hat), M(hq)), through one
+    whole chain per input (Clark et al. 2024, DRaFT, arXiv 2309.17400), the same for all `updates` steps. Scores are not
+    divided by their spread, so lambda and beta weigh differently. It is a yardstick: it needs a judge that lets
+    gradients through, and leans towards what fools it.
 
     python rl.py --task sr                                                              # laptop, about 6 minutes
     python rl.py --task sr --model ldm-sr --reward qrealign-mini --data DIR --size 256 --dtype bfloat16  # one GPU
@@ -242,6 +245,8 @@ def check(cfg):
         raise UserError(f"--train {cfg.train}: unknown; choose modulation or all")
     if cfg.estimator not in ("policy", "reward"):
         raise UserError(f"--estimator {cfg.estimator}: unknown; choose policy or reward")
+    if cfg.estimator == "reward" and cfg.reward_mode != "final":
+        raise UserError(f"--estimator reward: judges the final image only, not --reward-mode {cfg.reward_mode}")
     if cfg.distance not in ("iqa_gap", "mse", "ssim"):
         raise UserError(f"--distance {cfg.distance}: unknown; choose iqa_gap, mse or ssim")
     judged_every(cfg.reward_mode)
@@ -258,7 +263,7 @@ def check_resume(cfg, path):
     from utils import UserError
     free = ("iterations", "out", "resume", "save_every", "device", "reward_device", "micro_batch", "lr", "dtype",
             "gradient_checkpointing")
-    saved = json.loads(path.read_text()) if path.exists() else {}
+    saved = asdict(Config()) | json.loads(path.read_text()) if path.exists() else {}  # older runs lack newer flags
     changed = [f"--{key.replace('_', '-')} {value}" for key, value in saved.items()
                if key not in free and getattr(cfg, key, value) != value]
     if changed:
@@ -352,13 +357,14 @@ def lost_fidelity(images, refs):
     lies in the means of 16 x 16 pixels; (B, 3, H, W) in [-1, 1] twice -> (B,).
 
     Of SSIM, whichever limit is felt: where brightness is sure it restores PSNR as well (their gradients have a cosine
-    of 0.92 for sr) and takes less of the reward, which prefers anything to the blur that PSNR asks for. SSIM hardly
-    sees a wrong brightness, though, and block means hold no blur. As these means are orthogonal to the rest of the
-    error, the gradient of PSNR splits the same way: 10 / ln 10 * (mean of squared means) / (mean squared error), of
-    which only the numerator is differentiated."""
+    of 0.93 for sr, 64 inputs) and takes less of the reward, which prefers anything to the blur that PSNR asks for. SSIM
+    hardly sees a wrong brightness, though, and block means hold no blur. As these means are orthogonal to the rest of
+    the error, the gradient of PSNR splits the same way: 10 / ln 10 * (mean of squared means) / (mean squared error), of
+    which only the numerator is differentiated. Blocks that the border cuts are averaged over what is left of them, but
+    weigh as whole ones."""
     from reward import luma, ssim
     error = luma(images) - luma(refs)
-    coarse = F.avg_pool2d(error, min(16, *error.shape[-2:])).square().flatten(1).mean(1)
+    coarse = F.avg_pool2d(error, 16, ceil_mode=True).square().flatten(1).mean(1)
     return 10 / math.log(10) * coarse / error.square().flatten(1).mean(1).detach().clamp(min=1e-10) - 20 * ssim(
         images, refs)
 
@@ -372,13 +378,13 @@ def chain_gradient(restorer, lq, loss, cfg, noise):
     from torch.utils.checkpoint import checkpoint
 
     from sample import rollout
-    weights, part = restorer.weights(), max(1, cfg.micro_batch // cfg.steps)
+    weights, count = restorer.weights(), max(1, cfg.micro_batch // cfg.steps)
     for p in weights:
         p.grad = torch.zeros_like(p)
 
     def predict(*inputs):
         return checkpoint(restorer.predict, *inputs, use_reentrant=False)
-    for own in (slice(i, i + part) for i in range(0, len(lq), part)):
+    for own in (slice(i, i + count) for i in range(0, len(lq), count)):
         z = rollout(restorer, lq[own], cfg.steps, cfg.eta, noise[own], keep=False, grad=True,
                     predict=predict if cfg.gradient_checkpointing else None).z[-1]
         (loss(restorer.decode(z, lq[own]), own).sum() / len(lq)).backward()
@@ -398,13 +404,34 @@ def summed(gradients):
     return [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients)]
 
 
-def update(restorer, reference, average, optimizer, batches, total, excess, cfg, noise, judge=None):
+def differentiable_reward(scorer, cfg, device):
+    """For --estimator reward: the mean over views of a reward's `differentiable`, images (B, 3, H, W) -> (B,), whose
+    activations are computed again view by view, so that memory holds those of one. Raises UserError if there is none,
+    or if no gradient comes through."""
+    from torch.utils.checkpoint import checkpoint
+
+    from reward import symmetric
+    from utils import UserError
+    if not hasattr(scorer, "differentiable"):
+        raise UserError(f"--estimator reward: {cfg.reward} has no gradient; use an MLLM judge that scores by level "
+                        "words, or --estimator policy")
+    scorer.model.requires_grad_(False)
+    probe = torch.zeros(1, 3, cfg.size, cfg.size, device=device, requires_grad=True)
+    if not scorer.differentiable(probe).requires_grad:
+        raise UserError(f"--estimator reward: the image processor of {cfg.reward} lets no gradient through; use "
+                        "--estimator policy")
+    return symmetric(lambda images, refs=None: checkpoint(scorer.differentiable, images, use_reentrant=False),
+                     cfg.views)
+
+
+def update(restorer, reference, average, optimizer, batches, total, excess, cfg, noise, differentiable=None):
     """`cfg.updates` optimizer steps on collected batches. Returns the means of what was logged, the ratio error first.
 
-    Each optimizer step gets its own part of the denoising steps; a micro-batch is one step in one batch. The gradient
-    of the fidelity, like the drop, is that of the weights before them. total: samples in the batches of all processes.
-    excess: drop - its limit, a float, or None without a budget. judge: with --estimator reward, the differentiable one;
-    batches then hold `cap`, the rewards of the ground truths, and advantages of 0.
+    Each optimizer step gets its own part of the denoising steps; a micro-batch is one step in one batch. The gradients
+    of the fidelity and of a judge, like the drop, are those of the weights before them. total: samples in the batches
+    of all processes. excess: drop - its limit, a float, or None without a budget.
+    differentiable: with --estimator reward, the reward that lets gradients through; batches then hold `cap`, the
+    rewards of the ground truths, and advantages of 0 (their steps are repeated for SFT, KL and ratio_error).
     noise(*stream, inputs=False): the generator of a purpose, or a list of them, one for each input of this process.
     """
     usable = batches[0]["trajectory"].stochastic.nonzero().flatten().cpu()[:cfg.train_steps or None]
@@ -418,11 +445,11 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
         return summed(gradients)
     if excess is not None:
         of_drop = through_chains(lambda images, part: lost_fidelity(images, hq[part]), 2)
-    if judge:
+    if differentiable:
         cap = torch.cat([batch["cap"] for batch in batches])[::repeats]
         weight = torch.cat([batch["weight"] for batch in batches]).view(-1, repeats).mean(1)
         of_reward = through_chains(
-            lambda images, part: -weight[part] * torch.minimum(judge(images), cap[part]), 3)
+            lambda images, part: -weight[part] * torch.minimum(differentiable(images), cap[part]), 3)
     for index, part in enumerate(parts):
         optimizer.zero_grad()
         own = noise(1, index, inputs=True)
@@ -434,7 +461,7 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
                 logs.append({key: value.item() for key, value in info.items()})
         weights = restorer.weights()
         gradients = summed([torch.zeros_like(p) if p.grad is None else p.grad for p in weights])
-        if judge:
+        if differentiable:
             torch._foreach_add_(gradients, of_reward)
         for p, gradient in zip(weights, gradients):
             p.grad = gradient
@@ -551,13 +578,8 @@ def train(cfg):
     best = {name: value.cpu().clone() for name, value in reference.state_dict().items()}
     reward_device = pick_device(cfg.reward_device, "--reward-device") if cfg.reward_device else device
     scorer = load_reward(cfg.reward, reward_device, trust_remote_code=cfg.trust_remote_code)
-    judge, slope = symmetric(scorer, cfg.views), None
-    if cfg.estimator == "reward":
-        if not hasattr(scorer, "differentiable"):
-            raise UserError(f"--estimator reward: {cfg.reward} has no gradient; use an MLLM judge that scores by level "
-                            "words, or --estimator policy")
-        scorer.model.requires_grad_(False)
-        slope = symmetric(scorer.differentiable, cfg.views)
+    judge = symmetric(scorer, cfg.views)
+    differentiable = differentiable_reward(scorer, cfg, device) if cfg.estimator == "reward" else None
     memory, difficulty = RewardMemory(cfg.memory), Difficulty(cfg.weight)
     fixed = generator(cfg.seed, 20)
     if isinstance(sources["train"], Pairs):
@@ -636,7 +658,7 @@ def train(cfg):
         own = (own_share(x, world).split(sizes) for x in (advantage.T, weight))
         for batch, a, w in zip(batches, *own):
             batch["advantage"], batch["weight"] = a.T, w
-        if slope:
+        if differentiable:
             for batch, c in zip(batches, caps):
                 batch["advantage"], batch["cap"] = torch.zeros_like(batch["advantage"]), c
 
@@ -652,7 +674,7 @@ def train(cfg):
         # aims a little inside the budget: the drop comes to rest at its limit, and only averages within the budget are
         # kept
         excess = None if drop is None else drop.max().item() - 0.9 * cfg.fidelity_budget
-        losses = update(restorer, reference, average, optimizer, batches, len(ids), excess, cfg, noise, slope)
+        losses = update(restorer, reference, average, optimizer, batches, len(ids), excess, cfg, noise, differentiable)
 
         # log, and keep the best average so far
         reward = rewards[max(rewards)]

@@ -92,13 +92,14 @@ def test_the_gradient_of_lost_fidelity_is_that_of_ssim_and_the_coarse_part_of_th
     coarse = torch.nn.functional.avg_pool2d(of_psnr, 16).repeat_interleave(16, 2).repeat_interleave(16, 3)
     torch.testing.assert_close(found, coarse, atol=1e-7, rtol=1e-3)
     assert coarse[0].norm() > 2 * coarse[1].norm() > 0
-    small = rl.lost_fidelity(x[..., :12, :12], y[..., :12, :12])  # less than a block
-    assert small.shape == (2,) and small.isfinite().all()
+    for height, width in ((12, 12), (40, 24)):  # less than a block, and no multiple of one
+        left, = torch.autograd.grad(rl.lost_fidelity(x[..., :height, :width], y[..., :height, :width]).sum(), x)
+        assert left.isfinite().all() and (left[0, :, :height, :width] != 0).all()
 
 
 @pytest.mark.parametrize("checkpointing", (False, True))
 def test_chain_gradient_is_that_of_a_finite_difference(checkpointing, tiny_restorer, gen):
-    """Through all steps of a chain: a step along the gradient changes minus 20 SSIM and the coarse error as predicted."""
+    """Through all steps of a chain: a step along it changes minus 20 SSIM and the coarse error as predicted."""
     from reward import luma
     from sample import rollout
     restorer, hq = tiny_restorer(seed=3), torch.rand(4, 3, 32, 32, generator=gen) * 2 - 1
@@ -135,10 +136,11 @@ def test_better_is_a_higher_reward_within_the_budget():
 
 @pytest.mark.parametrize("changes, words", (
     ({"weight": "fixed:3"}, "--weight"), ({"eta": 0.0}, "--eta"), ({"reward": "judge2"}, "--reward"),
-    ({"reward": "pyiqa:piqe"}, "--reward"), ({"reward": "judge+0.5*judge2"}, "--reward"), 
+    ({"reward": "pyiqa:piqe"}, "--reward"), ({"reward": "judge+0.5*judge2"}, "--reward"),
     ({"reward_mode": "step:0"}, "--reward-mode"), ({"inputs": 999}, "--pool"), ({"memory": 2}, "--memory"),
     ({"average": 1.0}, "--average"), ({"iterations": 0}, "--iterations"),
     ({"distance": "lpips"}, "--distance"), ({"views": 9}, "--views"),
+    ({"estimator": "x"}, "--estimator"), ({"estimator": "reward", "reward_mode": "step"}, "--reward-mode"),
     ({"train": "head"}, "--train"), ({"dtype": "float16"}, "--dtype")))
 def test_bad_flags_are_named(changes, words):
     with pytest.raises(UserError, match=words):
@@ -278,12 +280,49 @@ def test_reference_rewards_train(reward, distance, run):
 
 
 def test_the_judges_own_gradient_trains_and_is_refused_where_there_is_none(run):
-    log = rows(run("own", reward=f"mllm:{ROOT}/weights/judge", estimator="reward", iterations=2, sft_coef=0.0, kl_coef=0.0))
+    log = rows(run("own", reward=f"mllm:{ROOT}/weights/judge", estimator="reward", iterations=2, sft_coef=0.0,
+                   kl_coef=0.0))
     assert log[1]["rl_loss"] == 0 and log[1]["grad_norm"] > 0  # advantages of 0: all of the gradient is the judge's
     with pytest.raises(UserError, match="--estimator reward: psnr has no gradient"):
         run("none", reward="psnr", estimator="reward")
-    with pytest.raises(UserError, match="--estimator x"):
-        run("bad", estimator="x")
+
+
+class Brightness:
+    """A toy reward with a gradient, or one whose gradient is lost on the way."""
+
+    def __init__(self, sign=1.0, broken=False):
+        self.model, self.sign, self.broken = torch.nn.Linear(1, 1), sign, broken
+
+    def __call__(self, images, refs=None):
+        return self.sign * images.mean((1, 2, 3))
+
+    def differentiable(self, images, refs=None):
+        return self(images.detach() if self.broken else images)
+
+
+def test_a_toy_reward_rises_by_its_own_gradient_up_to_the_cap(run, monkeypatch):
+    import reward
+    common = dict(estimator="reward", iterations=6, lr=2e-3, weight="fixed:1.0", train="all", kl_coef=0.0, sft_coef=0.0,
+                  fidelity_budget=-1.0, inputs=4, micro_batch=16, average=0.0, save_every=6)
+
+    def trained(name, scorer, hq=None, **changes):
+        monkeypatch.setattr(reward, "load", lambda *args, **options: scorer)
+        if hq is not None:  # the rewards of the ground truths
+            monkeypatch.setattr(rl, "measure_pool", measured := rl.measure_pool)
+            monkeypatch.setattr(rl, "measure_pool", lambda *args: torch.full_like(measured(*args), hq))
+        return run(name, **common | changes)
+    gained = []
+    for sign in (1.0, -1.0):
+        log = rows(trained(f"sign{sign}", Brightness(sign), hq=9.0))
+        gained.append(log[-1]["val_reward"] - log[0]["val_reward"])
+    assert min(gained) > 0.01, gained
+    log = rows(trained("capped", Brightness(), hq=-9.0))  # all are better than the ground truth: nothing to gain
+    assert log[-1]["grad_norm"] == 0 and log[-1]["val_reward"] == log[0]["val_reward"]
+    whole, parts = (trained(f"micro{size}", Brightness(), hq=9.0, micro_batch=size, iterations=2) for size in (16, 8))
+    one, two = (torch.tensor([row["grad_norm"] for row in rows(out)[1:]]) for out in (whole, parts))
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=0)
+    with pytest.raises(UserError, match="lets no gradient through"):
+        trained("broken", Brightness(broken=True))
 
 
 @pytest.mark.parametrize("family", ("ldm-sr", "sd-controlnet", "sd-x4-upscaler", "dit"))

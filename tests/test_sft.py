@@ -106,6 +106,8 @@ def test_photographs_through_workers_make_a_model_and_a_bad_folder_is_named(tmp_
     train(Config(task="mixed", model=str(tmp_path / "start"), data=str(photo_folder), out=str(tmp_path / "a"), steps=2,
                  batch=2, size=32, device="cpu", workers=1, recolor=0.5))
     assert '"task": "mixed"' in (tmp_path / "a/model/restorer.json").read_text()
+    with pytest.raises(UserError, match="--recolor 1.5"):
+        train(Config(data=str(photo_folder), recolor=1.5, out=str(tmp_path / "b"), device="cpu"))
     with pytest.raises(UserError, match="--hq"):
         train(Config(lq=str(photo_folder), out=str(tmp_path / "b"), device="cpu"))
 
