@@ -384,7 +384,8 @@ def chain_gradient(restorer, lq, loss, cfg, noise):
 
     def predict(*inputs):
         return checkpoint(restorer.predict, *inputs, use_reentrant=False)
-    for own in (slice(i, i + count) for i in range(0, len(lq), count)):
+    for i in range(0, len(lq), count):
+        own = slice(i, i + count)
         z = rollout(restorer, lq[own], cfg.steps, cfg.eta, noise[own], keep=False, grad=True,
                     predict=predict if cfg.gradient_checkpointing else None).z[-1]
         (loss(restorer.decode(z, lq[own]), own).sum() / len(lq)).backward()
