@@ -674,15 +674,17 @@ def random_crops(photos, count, size, generator, min_detail=0.04):
     return torch.stack(crops)
 
 
-def recolor(images, generator, shift=0.0):
+def recolor(images, generator, tone=1.0, shift=0.0):
     """Random gamma, contrast, order and strength of colors, one draw per image and the same for each of `images`, a
     list of (B, 3, H, W) in [-1, 1]: eleven photographs show few colors, and quality is not a matter of color.
 
-    shift: share of the room that the first of `images` leaves to white (or to black) by which the brightness moves at
-    most; the others may clip."""
+    tone: how far gamma and contrast stray, 0: not at all; what sees them change at random learns that neither haze nor
+    darkness is damage. shift: share of the room that the first of `images` leaves to white (or to black) by which the
+    brightness moves at most; the others may clip."""
     count = len(images[0])
     gamma, contrast, color = (torch.rand(3, count, 1, 1, 1, generator=generator) * torch.tensor(
         [0.8, 0.5, 1.4]).view(3, 1, 1, 1, 1) + torch.tensor([0.7, 0.6, -0.2]).view(3, 1, 1, 1, 1)).unbind()
+    gamma, contrast = torch.lerp(torch.ones(2, *gamma.shape), torch.stack([gamma, contrast]), tone)
     order = torch.rand(count, 3, generator=generator).argsort(1)[:, :, None, None].expand_as(images[0])
     result = []
     for x in images:

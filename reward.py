@@ -521,7 +521,8 @@ def rescale(image, factor):
 
 
 FAMILIES = ("blur", "noise", "jpeg", "rescale", "restored", "restored", "lq", "lq")
-RESTORED_QUALITY, WORST_QUALITY = 0.5, 0.1
+RESTORED_QUALITY, WORST_QUALITY = 0.5, 0.1  # at their worst
+TONE = 0.3  # of data.recolor: an eye for haze and darkness needs crops whose own contrast can be trusted
 JUDGED = ("sr", "denoise", "deblur", "jpeg", "derain", "dehaze", "lowlight", "real")  # tasks that `check` measures
 
 
@@ -530,10 +531,12 @@ def ladder(hq, restored, lq, severity, generator):
 
     blur sigma 0.35 + 2.4 s; noise std 0.01 (20^s - 1) of the full range; JPEG quality 95 (6 / 95)^s; rescaling by
     1 + 3 s; the blends (1 - s) hq + s restored and (1 - s) restored + s lq. Quality falls linearly in s, from 1 (hq)
-    to 0.1 (the worst rung, and lq of severity 1); restored lq of severity 1 stands at 0.5. Where lq is milder, both
-    are nearer to 1, in proportion to 0.3 + 0.7 severity: what is hardly damaged is not bad.
+    to 0.1 (the worst rung, and lq of severity 1). A milder lq is nearer to 1, in proportion to 0.3 + 0.7 severity: what
+    is hardly damaged is not bad. A restoration stands at 0.5 where its SSIM is 2 / 3 or less, and rises linearly to 1.
     """
-    count, share = len(hq), 0.3 + 0.7 * severity
+    count = len(hq)
+    of_lq = 1 - (1 - WORST_QUALITY) * (0.3 + 0.7 * severity)
+    of_restored = 1 - (1 - RESTORED_QUALITY) * (3 * (1 - ssim(restored, hq))).clamp(0, 1)
     s = torch.rand(count, generator=generator)
     family = torch.randint(len(FAMILIES), (count,), generator=generator).tolist()
     noise = torch.randn(hq.shape, generator=generator)
@@ -549,10 +552,9 @@ def ladder(hq, restored, lq, severity, generator):
         elif name == "rescale":
             x = rescale(hq[i], 1 + 3 * s[i].item())
         elif name == "restored":
-            x, quality[i] = torch.lerp(hq[i], restored[i], s[i]), 1 - share[i] * (1 - RESTORED_QUALITY) * s[i]
+            x, quality[i] = torch.lerp(hq[i], restored[i], s[i]), 1 - (1 - of_restored[i]) * s[i]
         else:
-            x = torch.lerp(restored[i], lq[i], s[i])
-            quality[i] = 1 - share[i] * (1 - RESTORED_QUALITY + (RESTORED_QUALITY - WORST_QUALITY) * s[i])
+            x, quality[i] = torch.lerp(restored[i], lq[i], s[i]), torch.lerp(of_restored[i], of_lq[i], s[i])
         images.append(x)
     return torch.stack(images).clamp(-1, 1), quality
 
@@ -727,7 +729,7 @@ def train_judge(cfg):
         pick = torch.randint(len(hq), (cfg.batch,), generator=gen)
         turn, mirror = torch.randint(4, (2,), generator=gen).tolist()  # the same for the three versions of a crop
         triple = [torch.rot90(x[pick], turn, (2, 3)) for x in (hq, restored, lq)]
-        triple = recolor([x.flip(3) for x in triple] if mirror % 2 else triple, gen)
+        triple = recolor([x.flip(3) for x in triple] if mirror % 2 else triple, gen, TONE)
         images, quality = ladder(*triple, severity[pick], gen)
         log_p = judge.logits(images).float().log_softmax(-1)[:, judge.ids]  # over the whole vocabulary, as a language
         loss = -(soft_label(quality) * log_p).sum(1).mean()                 # model learns its next token

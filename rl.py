@@ -432,7 +432,7 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
     of the fidelity and of a judge, like the drop, are those of the weights before them. total: samples in the batches
     of all processes. excess: drop - its limit, a float, or None without a budget.
     differentiable: with --estimator reward, the reward that lets gradients through; batches then hold `cap`, the
-    rewards of the ground truths, and advantages of 0 (their steps are repeated for SFT, KL and ratio_error).
+    rewards of the ground truths, and advantages of 0 (a step is repeated for SFT, KL and ratio_error only).
     noise(*stream, inputs=False): the generator of a purpose, or a list of them, one for each input of this process.
     """
     usable = batches[0]["trajectory"].stochastic.nonzero().flatten().cpu()[:cfg.train_steps or None]
@@ -456,7 +456,7 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
         own = noise(1, index, inputs=True)
         for batch in batches:
             mine, own = own[:len(batch["lq"]) // repeats], own[len(batch["lq"]) // repeats:]
-            for k in part.tolist():
+            for k in part[:1 if differentiable else None].tolist():  # the first also has the SFT and KL terms
                 loss, info = step_loss(restorer, reference, batch, k, len(part) * (k == part[0]), cfg, mine)
                 (loss * len(batch["lq"]) / total / len(part)).backward()
                 logs.append({key: value.item() for key, value in info.items()})

@@ -431,6 +431,9 @@ def test_recolored_crops_keep_their_structure_and_fill_the_range():
     assert (moved.diff(dim=3) >= -1e-6).all()  # a tone curve: what was brighter stays brighter
     first, second = recolor([ramp, ramp * 0.5], generator(2), shift=1.0)
     assert (first.amax((1, 2, 3)) - second.amax((1, 2, 3)) >= -1e-6).all()  # one draw for all of a list
+    tones = [recolor([ramp], generator(1), tone)[0] - ramp for tone in (0.0, 0.3, 1.0)]  # a grey ramp has no colors
+    still, little, much = (x.abs().mean() for x in tones)
+    assert still < 1e-6 and 0.2 * much < little < 0.4 * much
 
 
 def test_batches_come_in_order_from_any_number_of_workers(small_pairs):

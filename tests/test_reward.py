@@ -378,6 +378,20 @@ def test_mild_damage_stands_higher_on_the_ladder(gen):
     assert (mild[1] >= worst[1]).all() and (mild[1] > worst[1]).any()
 
 
+def test_a_restoration_stands_as_high_on_the_ladder_as_its_ssim_says(gen):
+    hq = grid_crops(photographs("val"), 64, 64, generator(0))[0]
+    lq, rungs, qualities = degrade_sr(hq)[0], {}, {}
+    for name, restored in (("perfect", hq), ("bad", hq.flip(0))):
+        rungs[name], qualities[name] = ladder(hq, restored, lq, torch.ones(64), generator(5))
+    same = (rungs["perfect"] == hq).flatten(1).all(1)  # rungs between hq and a perfect restoration
+    assert same.sum() >= 8 and (qualities["perfect"][same] == 1).all()
+    assert (qualities["bad"][same] < 1).all() and 0.5 <= qualities["bad"][same].min() < 0.6
+    damaged = rungs["perfect"] != rungs["bad"]
+    worse = damaged.flatten(1).any(1) & ~same  # rungs between a restoration and lq
+    assert worse.sum() >= 8 and (qualities["bad"][worse] < qualities["perfect"][worse]).all()
+    assert qualities["perfect"][worse].min() >= 0.1
+
+
 def test_judge_data_shares_crops_out_among_tasks_and_a_judge_trains_on_them(tmp_path, tiny_restorer, gen):
     tiny_restorer().save(tmp_path / "restorer")
     common = dict(tasks=["sr", "denoise50", "derain"], model=str(tmp_path / "restorer"))
