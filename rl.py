@@ -34,8 +34,9 @@ Chosen here:
     gathered, gradients are summed once per optimizer step.
  9. --estimator reward puts the judge's own gradient in the place of L_RL: that of -w min(M(x_hat), M(hq)), through one
     whole chain per input (Clark et al. 2024, DRaFT, arXiv 2309.17400), the same for all `updates` steps. Scores are not
-    divided by their spread, so lambda and beta weigh differently. It is a yardstick: it needs a judge that lets
-    gradients through, and leans towards what fools it.
+    divided by their spread, so lambda and beta weigh differently. With little noise in it all weights can train, by
+    small steps (--train all --updates 1 --lr 6e-5), but it needs a judge that lets gradients through, and leans
+    towards what fools it.
 
     python rl.py --task sr                                                              # laptop, about 6 minutes
     python rl.py --task sr --model ldm-sr --reward qrealign-mini --data DIR --size 256 --dtype bfloat16  # one GPU
