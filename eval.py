@@ -34,6 +34,7 @@ from typing import Annotated
 
 import torch
 
+CROPS = 128  # of the held-out photographs, unless a flag says otherwise
 CONVENTIONS = {"sr": ("y", 4), "derain": ("y", 0)}  # task -> color, border (for sr the scale); others: RGB, whole
 
 
@@ -330,7 +331,7 @@ class Config:
     match: Annotated[str, "same, prefix, rain, suffix:LQ,HQ or start:LQ,HQ: how names of lq and hq belong"] = "same"
     dataset: Annotated[str, "a key of data.DATASETS, instead of --lq, --hq and --match"] = ""
     root: Annotated[str, "folder of --dataset"] = "."
-    count: Annotated[int, "images at most; 0: 64 crops, or all whole images"] = 0
+    count: Annotated[int, "images at most; 0: 128 crops, or all whole images"] = 0
     # how
     seeds: Annotated[int, "sampler seeds per image: 0, 1, ..."] = 3
     steps: Annotated[int, "DDIM steps; 0: as trained"] = 0
@@ -384,7 +385,8 @@ def images_of(cfg):
     from data import DATASETS, Pairs, get_task, load_pairs, photographs, whole_image
     from utils import UserError
     if not (cfg.lq or cfg.hq or cfg.dataset or cfg.size == 0):
-        lq, hq, names = held_out(cfg.task, photographs(cfg.split, cfg.data, cfg.size), cfg.count or 64, cfg.size, "cpu")
+        source = photographs(cfg.split, cfg.data, cfg.size)
+        lq, hq, names = held_out(cfg.task, source, cfg.count or CROPS, cfg.size, "cpu")
         return names, lambda i: (lq[i:i + 1], hq[i:i + 1]), False
     if cfg.lq or cfg.hq or cfg.dataset:
         source = load_pairs("test" if cfg.dataset else "all", cfg.lq, cfg.hq, cfg.match, cfg.dataset, cfg.root)

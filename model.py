@@ -661,7 +661,7 @@ def bench(restorer, size, batch):
     def update():
         noise = [torch.Generator().manual_seed(i) for i in range(batch)]
         optimizer.set_constraint(chain_gradient(
-            restorer, lq, lambda images, part: lost_fidelity(images, lq[part].flip(3)), cfg, noise), 0.1)
+            restorer, lq, lambda images, part: lost_fidelity(images, lq[part].flip(3), "policy"), cfg, noise), [0.1])
         restorer.predict(z, t, c).square().mean().backward()
         optimizer.step(), optimizer.zero_grad()
     no_grad = torch.no_grad()

@@ -93,21 +93,23 @@ def fidelity(images, refs):
 
 
 class ConstrainedAdamW(torch.optim.Optimizer):
-    """AdamW whose step keeps a quantity, the drop, within a budget: a step of the loss, bent by a Lagrange multiplier.
+    """AdamW whose step keeps quantities, the drops, within a budget: a step of the loss, bent by Lagrange multipliers.
 
       m, v <- averages of g and g^2 (Loshchilov and Hutter 2019, arXiv 1711.05101),   D = 1 / (sqrt(v) + eps)
-      h    <- average, as m, of the gradient of the drop
-      lam = max(0, (rate (drop - budget) / lr - min(0, <h, D m>)) / <h, D h>), at most bound sqrt(<m, D m> / <h, D h>)
-      theta <- theta - lr D (m + lam h)
-    lam is the multiplier of: minimize the linearized loss in the metric 1 / D, subject to drop' <= drop - rate (drop -
-    budget), as in constrained policy optimization (Achiam et al. 2017, arXiv 1705.10528, eq. 11) with Adam's metric for
-    the Fisher matrix. So `rate` is the share of the distance to the limit that one step may go, or has to go back. lam
-    needs no scale and no memory: a penalty or dual ascent answers late here, and the drop swings about the limit.
-    min(0, .): where the loss promises to lower the drop by itself, it is not believed, because h is of training inputs.
+      h_j  <- average, as m, of the gradient of drop j
+      b_j   = rate (drop_j - budget) / lr - min(0, <h_j, D m>)
+      lam  >= 0, the shortest with sum_k <h_j, D h_k> lam_k >= b_j;   ||sum lam_j h_j|| at most bound ||m|| in D
+      theta <- theta - lr D (m + sum_j lam_j h_j)
+    lam are the multipliers of: minimize the linearized loss in the metric 1 / D, subject to drop_j' <= drop_j - rate
+    (drop_j - budget), as in constrained policy optimization (Achiam et al. 2017, arXiv 1705.10528, eq. 11) with Adam's
+    metric for the Fisher matrix. So `rate` is the share of the distance to a limit that one step may go, or has to go
+    back; a drop far from its limit costs nothing. lam needs no scale and no memory: a penalty or dual ascent answers
+    late here, and the drop swings about the limit.
+    min(0, .): where the loss promises to lower a drop by itself, it is not believed, because h is of training inputs.
     h is kept out of v: it is often longer than g, and would shrink the steps long after it is needed.
     beta2 is 0.98, an average over 25 iterations of two steps: as w falls, the gradient shrinks to a third of its first
     length, and a v that remembers the whole run would shorten all later steps as much.
-    Without set_constraint, and as long as the step would not go too far towards the limit, this is torch.optim.AdamW.
+    Without set_constraint, and as long as the step would not go too far towards a limit, this is torch.optim.AdamW.
     """
 
     def __init__(self, weights, lr, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0, rate=0.3, bound=3.0):
@@ -115,7 +117,8 @@ class ConstrainedAdamW(torch.optim.Optimizer):
         self.rate, self.bound, self.multiplier, self.constraint = rate, bound, 0.0, None
 
     def set_constraint(self, gradients, excess):
-        """For the next step. gradients: of the drop, one tensor per weight. excess: drop - budget, a float."""
+        """For the next step. gradients: of the drops, one tensor (K, *shape) per weight. excess: drop - budget, K
+        floats; K must not change."""
         self.constraint = (gradients, excess)
 
     @torch.no_grad()
@@ -123,34 +126,43 @@ class ConstrainedAdamW(torch.optim.Optimizer):
         group, = self.param_groups
         lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
         weights = [p for p in group["params"] if p.grad is not None]
-        gradients, excess = self.constraint or ([None] * len(group["params"]), None)
-        gradient_of = dict(zip(group["params"], gradients))
+        gradients, excess = self.constraint or ([None] * len(group["params"]), [])
+        gradient_of, count = dict(zip(group["params"], gradients)), len(excess)
 
-        def directions(p):  # m and h without the bias of their zero start, and D
+        def directions(p):  # m and the h without the bias of their zero start, (1 + K, numel), and D
             state = self.state[p]
-            count = state["step"].item()
-            m, h = (state[key] / (1 - beta1 ** count) for key in ("m", "h"))
-            return m, h, 1 / ((state["v"] / (1 - beta2 ** count)).sqrt() + eps)
-        totals = torch.zeros(3, device=weights[0].device)  # <m, D m>, <h, D m>, <h, D h>
+            step = state["step"].item()
+            both = torch.cat([state["m"][None], state["h"]]) if count else state["m"][None]
+            scale = 1 / ((state["v"] / (1 - beta2 ** step)).sqrt() + eps)
+            return both.flatten(1) / (1 - beta1 ** step), scale.flatten()
+        products = torch.zeros(1 + count, 1 + count, device=weights[0].device)  # <., D .> of m, h_1 .. h_K
         for p in weights:
             state = self.state[p]
             if not state:
-                state |= {key: torch.zeros_like(p) for key in ("m", "v", "h")} | {"step": torch.zeros(())}
+                state |= {key: torch.zeros_like(p) for key in ("m", "v")} | {"step": torch.zeros(())}
             state["step"] += 1
             state["m"].lerp_(p.grad, 1 - beta1), state["v"].lerp_(p.grad ** 2, 1 - beta2)
-            if excess is not None:
-                state["h"].lerp_(gradient_of[p], 1 - beta1)
-            m, h, scale = directions(p)
-            totals += torch.stack([(m * scale * m).sum(), (h * scale * m).sum(), (h * scale * h).sum()])
-        multiplier = 0.0
-        if excess is not None:
-            mm, hm, hh = totals.tolist()
-            wanted = (self.rate * excess / lr - min(hm, 0.0)) / max(hh, 1e-30)
-            multiplier = min(max(0.0, wanted), self.bound * math.sqrt(mm / max(hh, 1e-30)))
-            self.multiplier = multiplier * math.sqrt(hh / max(mm, 1e-30))  # length of the bend, relative to the step's
+            if count:
+                state.setdefault("h", torch.zeros_like(gradient_of[p])).lerp_(gradient_of[p], 1 - beta1)
+                both, scale = directions(p)
+                products += (both * scale) @ both.T
+        lam = [0.0] * count
+        if count:
+            (mm, *hm), *hh = products.tolist()
+            hh = [row[1:] for row in hh]
+            wanted = [self.rate * e / lr - min(x, 0.0) for e, x in zip(excess, hm)]
+            for _ in range(100):  # Hildreth's method (1957): each multiplier in turn, the others held
+                for j in range(count):
+                    others = sum(hh[j][k] * lam[k] for k in range(count) if k != j)
+                    lam[j] = max(0.0, (wanted[j] - others) / max(hh[j][j], 1e-30))
+            length = math.sqrt(max(0.0, sum(a * b * hh[j][k] for j, a in enumerate(lam) for k, b in enumerate(lam))))
+            self.multiplier = length / math.sqrt(max(mm, 1e-30))  # length of the bend, relative to the step's
+            if self.multiplier > self.bound:
+                lam, self.multiplier = [x * self.bound / self.multiplier for x in lam], self.bound
+        factors = torch.tensor([1.0, *lam], device=weights[0].device)
         for p in weights:
-            m, h, scale = directions(p)  # again: to keep them all would cost three copies of the weights
-            p.mul_(1 - lr * group["weight_decay"]).sub_(lr * scale * (m + multiplier * h))
+            both, scale = directions(p)  # again: to keep them all would cost more copies of the weights
+            p.mul_(1 - lr * group["weight_decay"]).sub_(lr * (scale * (factors @ both)).view_as(p))
         self.constraint = None
 
 
@@ -353,35 +365,36 @@ def step_loss(restorer, reference, batch, k, share, cfg, noise):
     return loss, info | {"rl_loss": rl.mean().detach(), "loss": loss.detach()}
 
 
-def lost_fidelity(images, refs):
-    """What the constraint's gradient is taken of, up to a constant: minus 20 SSIM and minus the part of PSNR-Y that
-    lies in the means of 16 x 16 pixels; (B, 3, H, W) in [-1, 1] twice -> (B,).
+def lost_fidelity(images, refs, estimator):
+    """What the constraint's gradients are taken of, up to constants; (B, 3, H, W) in [-1, 1] twice -> K tensors (B,).
 
-    Of SSIM, whichever limit is felt: where brightness is sure it restores PSNR as well (their gradients have a cosine
-    of 0.93 for sr, 64 inputs) and takes less of the reward, which prefers anything to the blur that PSNR asks for. SSIM
-    hardly sees a wrong brightness, though, and block means hold no blur. As these means are orthogonal to the rest of
-    the error, the gradient of PSNR splits the same way: 10 / ln 10 * (mean of squared means) / (mean squared error), of
-    which only the numerator is differentiated. Blocks that the border cuts are averaged over what is left of them, but
-    weigh as whole ones."""
-    from reward import luma, ssim
+    estimator reward: minus PSNR-Y and minus 20 SSIM, each for its own limit.
+    policy: one for both limits, minus 20 SSIM and minus the part of PSNR-Y that lies in the means of 16 x 16 pixels.
+    Where brightness is sure SSIM restores PSNR as well (their gradients have a cosine of 0.93 for sr, 64 inputs) and
+    takes less of the reward, which prefers anything to the blur that PSNR asks for and that the noise of the policy
+    gradient brings anyway. SSIM hardly sees a wrong brightness, though, and block means hold no blur. As these means
+    are orthogonal to the rest of the error, the gradient of PSNR splits the same way: 10 / ln 10 * (mean of squared
+    means) / (mean squared error), of which only the numerator is differentiated. Blocks that the border cuts are
+    averaged over what is left of them, but weigh as whole ones."""
+    from reward import luma, psnr_y, ssim
+    if estimator == "reward":
+        return [-psnr_y(images, refs), -20 * ssim(images, refs)]
     error = luma(images) - luma(refs)
     coarse = F.avg_pool2d(error, 16, ceil_mode=True).square().flatten(1).mean(1)
-    return 10 / math.log(10) * coarse / error.square().flatten(1).mean(1).detach().clamp(min=1e-10) - 20 * ssim(
-        images, refs)
+    of_psnr = 10 / math.log(10) * coarse / error.square().flatten(1).mean(1).detach().clamp(min=1e-10)
+    return [of_psnr - 20 * ssim(images, refs)]
 
 
 def chain_gradient(restorer, lq, loss, cfg, noise):
-    """Gradient of a loss of restorations, mean over inputs, through whole chains of fresh noise, one for each input: a
-    list of one tensor per weight. The weights' own gradients are used up.
+    """Gradients of losses of restorations, means over inputs, through whole chains of fresh noise, one for each input:
+    a list of one tensor (K, *shape) per weight.
 
-    loss(images, part): (b, 3, H, W) that belong to lq[part] -> (b,). Inputs go through in parts, because a chain keeps
-    all its steps in memory."""
+    loss(images, part): (b, 3, H, W) that belong to lq[part] -> K tensors (b,). Inputs go through in parts, because a
+    chain keeps all its steps in memory."""
     from torch.utils.checkpoint import checkpoint
 
     from sample import rollout
-    weights, count = restorer.weights(), max(1, cfg.micro_batch // cfg.steps)
-    for p in weights:
-        p.grad = torch.zeros_like(p)
+    weights, count, gradients = restorer.weights(), max(1, cfg.micro_batch // cfg.steps), None
 
     def predict(*inputs):
         return checkpoint(restorer.predict, *inputs, use_reentrant=False)
@@ -389,10 +402,11 @@ def chain_gradient(restorer, lq, loss, cfg, noise):
         own = slice(i, i + count)
         z = rollout(restorer, lq[own], cfg.steps, cfg.eta, noise[own], keep=False, grad=True,
                     predict=predict if cfg.gradient_checkpointing else None).z[-1]
-        (loss(restorer.decode(z, lq[own]), own).sum() / len(lq)).backward()
-    gradients = [p.grad for p in weights]
-    for p in weights:
-        p.grad = None
+        losses = loss(restorer.decode(z, lq[own]), own)
+        of_part = [torch.autograd.grad(x.sum() / len(lq), weights, retain_graph=k < len(losses), materialize_grads=True)
+                   for k, x in enumerate(losses, 1)]
+        of_part = [torch.stack(of_weight) for of_weight in zip(*of_part)]
+        gradients = of_part if gradients is None else torch._foreach_add(gradients, of_part)
     return gradients
 
 
@@ -431,7 +445,8 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
 
     Each optimizer step gets its own part of the denoising steps; a micro-batch is one step in one batch. The gradients
     of the fidelity and of a judge, like the drop, are those of the weights before them. total: samples in the batches
-    of all processes. excess: drop - its limit, a float, or None without a budget.
+    of all processes. excess: drops - limit, a float for each of lost_fidelity, or None
+    without a budget.
     differentiable: with --estimator reward, the reward that lets gradients through; batches then hold `cap`, the
     rewards of the ground truths, and advantages of 0 (a step is repeated for SFT, KL and ratio_error only).
     noise(*stream, inputs=False): the generator of a purpose, or a list of them, one for each input of this process.
@@ -446,12 +461,12 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
         torch._foreach_div_(gradients, total / repeats / len(lq))
         return summed(gradients)
     if excess is not None:
-        of_drop = through_chains(lambda images, part: lost_fidelity(images, hq[part]), 2)
+        of_drop = through_chains(lambda images, part: lost_fidelity(images, hq[part], cfg.estimator), 2)
     if differentiable:
         cap = torch.cat([batch["cap"] for batch in batches])[::repeats]
         weight = torch.cat([batch["weight"] for batch in batches]).view(-1, repeats).mean(1)
-        of_reward = through_chains(
-            lambda images, part: -weight[part] * torch.minimum(differentiable(images), cap[part]), 3)
+        of_reward = [g[0] for g in through_chains(
+            lambda images, part: [-weight[part] * torch.minimum(differentiable(images), cap[part])], 3)]
     for index, part in enumerate(parts):
         optimizer.zero_grad()
         own = noise(1, index, inputs=True)
@@ -547,7 +562,7 @@ def train(cfg):
 
     from data import Pairs, get_task, open_split, pair_crops, random_crops
     from difficulty import Difficulty, RewardMemory
-    from eval import evaluate, held_out, save_curves
+    from eval import CROPS, evaluate, held_out, save_curves
     from model import load
     from reward import load as load_reward
     from reward import symmetric
@@ -675,7 +690,8 @@ def train(cfg):
         drop = fidelity_sft - fidelity_on_validation(restorer) if constrained else None
         # aims a little inside the budget: the drop comes to rest at its limit, and only averages within the budget are
         # kept
-        excess = None if drop is None else drop.max().item() - 0.9 * cfg.fidelity_budget
+        excess = None if drop is None else [x - 0.9 * cfg.fidelity_budget for x in (
+            drop.tolist() if differentiable else [drop.max().item()])]
         losses = update(restorer, reference, average, optimizer, batches, len(ids), excess, cfg, noise, differentiable)
 
         # log, and keep the best average so far
@@ -708,7 +724,7 @@ def train(cfg):
     average.save(out / "model")
     print(f"kept the weights of iteration {chosen_at}, " + (
         "the best on validation photographs" if constrained else "the last, as there is no budget"))
-    crops = held_out(cfg.task, sources["test"], 64, cfg.size, device)[:2]
+    crops = held_out(cfg.task, sources["test"], CROPS, cfg.size, device)[:2]
     judges = {name: watchers.get(name, scorer) for name in ("judge", "judge2")}
     judges |= {} if cfg.reward == "judge" else {"reward": scorer}
     return report(cfg, reference, average, out, *crops, judges)

@@ -53,7 +53,7 @@ def test_without_a_constraint_the_optimizer_is_torch_adamw(gen):
             optimizer.zero_grad()
             (p - target).square().sum().backward()
             if step % 2 and optimizer is optimizers[0]:  # far within a budget: the same step
-                optimizer.set_constraint([torch.ones_like(p)], -1e6)
+                optimizer.set_constraint([torch.ones_like(p)[None]], [-1e6])
             optimizer.step()
     torch.testing.assert_close(ours, theirs)
 
@@ -68,16 +68,30 @@ def test_the_constraint_is_reached_and_held(start):
         optimizer.zero_grad()
         (-3 * p[0] - p[1]).backward()
         drop = p[0] + p[1] ** 2
-        optimizer.set_constraint([torch.autograd.grad(drop, p)[0]], drop.item() - 0.2)
+        optimizer.set_constraint([torch.autograd.grad(drop, p)[0][None]], [drop.item() - 0.2])
         optimizer.step()
     assert abs(p[0] + p[1] ** 2 - 0.2) < 0.02 and abs(p[1] - 1 / 6) < 0.05 and optimizer.multiplier > 0
+
+
+def test_two_constraints_are_held_at_once():
+    """The loss falls along (1, 1, 1); x may be 0.2 and x + 2 y 0.5, so that the optimum is x = 0.2, y = 0.15, while a
+    third limit, z at most 1e6, is never felt."""
+    p = torch.nn.Parameter(torch.tensor([0.0, 1.0, 0.0]))
+    optimizer = ConstrainedAdamW([p], lr=0.01)
+    of_drops = torch.tensor([[1.0, 0.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 1.0]])
+    for _ in range(2000):
+        optimizer.zero_grad()
+        (-p.sum()).backward()
+        optimizer.set_constraint([of_drops], (of_drops @ p.detach() - torch.tensor([0.2, 0.5, 1e6])).tolist())
+        optimizer.step()
+    assert abs(p[0] - 0.2) < 0.01 and abs(p[1] - 0.15) < 0.01 and p[2] > 10
 
 
 def test_the_bend_of_a_step_is_bounded():
     p = torch.nn.Parameter(torch.zeros(3))
     optimizer = ConstrainedAdamW([p], lr=0.01, bound=2.0)
     p.grad = torch.tensor([1.0, 1.0, 1.0])
-    optimizer.set_constraint([torch.tensor([1e-6, 0.0, 0.0])], 100.0)
+    optimizer.set_constraint([torch.tensor([[1e-6, 0.0, 0.0]])], [100.0])
     optimizer.step()
     assert optimizer.multiplier == pytest.approx(2.0) and p.abs().max() < 0.1
 
@@ -88,12 +102,12 @@ def test_the_gradient_of_lost_fidelity_is_that_of_ssim_and_the_coarse_part_of_th
     y[0] -= 0.3  # one image with a wrong brightness
     x.requires_grad_()
     of_psnr, = torch.autograd.grad(-psnr_y(x, y).sum(), x)
-    found, = torch.autograd.grad((rl.lost_fidelity(x, y) + 20 * ssim(x, y)).sum(), x)
+    found, = torch.autograd.grad((rl.lost_fidelity(x, y, "policy")[0] + 20 * ssim(x, y)).sum(), x)
     coarse = torch.nn.functional.avg_pool2d(of_psnr, 16).repeat_interleave(16, 2).repeat_interleave(16, 3)
     torch.testing.assert_close(found, coarse, atol=1e-7, rtol=1e-3)
     assert coarse[0].norm() > 2 * coarse[1].norm() > 0
     for height, width in ((12, 12), (40, 24)):  # less than a block, and no multiple of one
-        left, = torch.autograd.grad(rl.lost_fidelity(x[..., :height, :width], y[..., :height, :width]).sum(), x)
+        left, = torch.autograd.grad(rl.lost_fidelity(x[..., :height, :width], y[..., :height, :width], "policy")[0].sum(), x)
         assert left.isfinite().all() and (left[0, :, :height, :width] != 0).all()
 
 
@@ -117,12 +131,31 @@ def test_chain_gradient_is_that_of_a_finite_difference(checkpointing, tiny_resto
         image = restored()
         means = (luma(image) - luma(hq)).unfold(2, 16, 16).unfold(3, 16, 16).mean((4, 5)).square().mean((1, 2, 3))
         return (10 / math.log(10) * means / squared - rl.fidelity(image, hq)[:, 1]).mean().item()
-    grads = rl.chain_gradient(restorer, lq, lambda x, part: rl.lost_fidelity(x, hq[part]), cfg, noise())
+    grads = [g[0] for g in rl.chain_gradient(
+        restorer, lq, lambda x, part: rl.lost_fidelity(x, hq[part], "policy"), cfg, noise())]
     norm, before = sum((g ** 2).sum() for g in grads).sqrt(), loss()
     with torch.no_grad():
         for p, g in zip(restorer.weights(), grads):
             p -= 1e-2 * g / norm
     assert norm > 0 and before - loss() == pytest.approx(1e-2 * norm.item(), rel=0.1)
+
+
+def test_chain_gradient_of_several_losses_is_that_of_each(tiny_restorer, gen):
+    restorer, hq = tiny_restorer(seed=3), torch.rand(4, 3, 32, 32, generator=gen) * 2 - 1
+    cfg = Config(steps=2, eta=1.0, micro_batch=4)  # inputs in two parts
+
+    def gradients(*names):
+        def loss(x, part):
+            return [-rl.fidelity(x, hq[part])[:, ("psnr", "ssim").index(name)] for name in names]
+        noise = [torch.Generator().manual_seed(i) for i in range(4)]
+        return rl.chain_gradient(restorer, hq.roll(1, 3), loss, cfg, noise)
+    both, psnr, ssim = gradients("psnr", "ssim"), gradients("psnr"), gradients("ssim")
+    for two, first, second in zip(both, psnr, ssim):
+        torch.testing.assert_close(two, torch.cat([first, second]))
+    noise = [torch.Generator().manual_seed(i) for i in range(4)]
+    of_reward = rl.chain_gradient(restorer, hq.roll(1, 3), lambda x, part: rl.lost_fidelity(x, hq[part], "reward"), cfg,
+                                  noise)
+    torch.testing.assert_close(of_reward, both)  # with --estimator reward, each limit has its own gradient
 
 
 def test_better_is_a_higher_reward_within_the_budget():
