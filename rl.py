@@ -22,9 +22,9 @@ Chosen here:
     is the mean over --views symmetric views, because most of what one view says among restorations of one input is
     noise (reward.symmetric).
  5. Fidelity is a constraint, not a reward, and each step is a constrained one (ConstrainedAdamW): the loss decides as
-    long as a step goes no more than 0.3 of the way to the limit, nine tenths of --fidelity-budget; then the step slides
-    along it. The gradient is that of SSIM and of brightness (lost_fidelity), on training inputs, through the sampling
-    chain. How far the limit is, is measured on validation photographs, because the training crops lose more.
+    long as a step goes no more than 0.3 of the way to a limit, nine tenths of --fidelity-budget; then the step slides
+    along it. The gradients are those of SSIM and of brightness or PSNR (lost_fidelity), on training inputs, through the
+    sampling chain. How far a limit is, is measured on validation photographs, because the training crops lose more.
  6. --train modulation trains normalizations and time embeddings (Restorer.train_only), a ninth of the small restorer's
     weights: they can sharpen and calm every feature at every noise level, and collect less noise of the gradient.
  7. What is kept is a running average of the weights over the optimizer steps, and of these averages the one with the
@@ -87,9 +87,10 @@ def combined_loss(rl, sft, kl, weight, sft_coef, kl_coef):
 
 
 def fidelity(images, refs):
-    """PSNR-Y in dB and 20 SSIM, so that 0.2 dB and 0.01 count the same; (B, 3, H, W) in [-1, 1] twice -> (B, 2)."""
-    from reward import psnr_y, ssim
-    return torch.stack([psnr_y(images, refs), 20 * ssim(images, refs)], dim=1)
+    """PSNR-Y in dB, 20 SSIM, so that 0.2 dB and 0.01 count the same, and PSNR on RGB in dB; (B, 3, H, W) in [-1, 1]
+    twice -> (B, 3)."""
+    from reward import psnr, psnr_y, ssim
+    return torch.stack([psnr_y(images, refs), 20 * ssim(images, refs), psnr(images, refs)], dim=1)
 
 
 class ConstrainedAdamW(torch.optim.Optimizer):
@@ -166,15 +167,13 @@ class ConstrainedAdamW(torch.optim.Optimizer):
         self.constraint = None
 
 
-def better(row, best, sft, budget):
+def better(row, best, sft, limits):
     """Whether the averaged weights of `row` replace those of `best`: rows of validation scores, `sft` the SFT model's.
 
-    They must have the higher reward, and have lost at most `budget` dB of PSNR-Y and budget / 20 of SSIM: 0.01 for
-    0.2 dB. budget < 0: no constraint, the latest weights are taken, not the best."""
-    if budget < 0:
-        return True
-    return (row["val_reward"] > best["val_reward"] and sft["val_psnr_y"] - row["val_psnr_y"] <= budget
-            and sft["val_ssim"] - row["val_ssim"] <= budget / 20)
+    They must have the higher reward, and have lost at most limits[column] of each column against `sft`. limits empty:
+    no constraint, the latest weights are taken, not the best."""
+    return not limits or (row["val_reward"] > best["val_reward"]
+                          and all(sft[column] - row[column] <= limit for column, limit in limits.items()))
 
 
 @dataclass
@@ -368,7 +367,8 @@ def step_loss(restorer, reference, batch, k, share, cfg, noise):
 def lost_fidelity(images, refs, estimator):
     """What the constraint's gradients are taken of, up to constants; (B, 3, H, W) in [-1, 1] twice -> K tensors (B,).
 
-    estimator reward: minus PSNR-Y and minus 20 SSIM, each for its own limit.
+    estimator reward: minus PSNR-Y, minus 20 SSIM and minus PSNR on RGB, each for its own limit: what Y does not see,
+    a judge may paint over.
     policy: one for both limits, minus 20 SSIM and minus the part of PSNR-Y that lies in the means of 16 x 16 pixels.
     Where brightness is sure SSIM restores PSNR as well (their gradients have a cosine of 0.93 for sr, 64 inputs) and
     takes less of the reward, which prefers anything to the blur that PSNR asks for and that the noise of the policy
@@ -376,9 +376,9 @@ def lost_fidelity(images, refs, estimator):
     are orthogonal to the rest of the error, the gradient of PSNR splits the same way: 10 / ln 10 * (mean of squared
     means) / (mean squared error), of which only the numerator is differentiated. Blocks that the border cuts are
     averaged over what is left of them, but weigh as whole ones."""
-    from reward import luma, psnr_y, ssim
+    from reward import luma, ssim
     if estimator == "reward":
-        return [-psnr_y(images, refs), -20 * ssim(images, refs)]
+        return list(-fidelity(images, refs).T)
     error = luma(images) - luma(refs)
     coarse = F.avg_pool2d(error, 16, ceil_mode=True).square().flatten(1).mean(1)
     of_psnr = 10 / math.log(10) * coarse / error.square().flatten(1).mean(1).detach().clamp(min=1e-10)
@@ -623,11 +623,12 @@ def train(cfg):
         own = scores_on_validation(candidate, watchers)
         scores = {key: everyone([value.to(device)]).nanmean().item() for key, value in own.items()}
         scores.setdefault("judge", scores["reward"])
-        return {f"val_{key}": value for key, value in scores.items() if key != "psnr"}
+        return {f"val_{key}": value for key, value in scores.items()}
 
-    def fidelity_on_validation(candidate):  # (2,), asked for in every iteration
+    def fidelity_on_validation(candidate):  # (3,), asked for in every iteration
         own = scores_on_validation(candidate, {})
-        return everyone([torch.stack([own["psnr_y"], 20 * own["ssim"]], dim=1).to(device)]).mean(0).cpu()
+        own = torch.stack([own["psnr_y"], 20 * own["ssim"], own["psnr"]], dim=1)
+        return everyone([own.to(device)]).mean(0).cpu()
 
     start, rows, chosen_at = 0, [], 0
     if cfg.resume:
@@ -651,6 +652,9 @@ def train(cfg):
         rows = [{"iteration": 0, "distance": distance} | look(average)]
 
     constrained, repeats = cfg.fidelity_budget >= 0, cfg.samples_per_input
+    limits = {"val_psnr_y": cfg.fidelity_budget, "val_ssim": cfg.fidelity_budget / 20} if constrained else {}
+    if limits and differentiable:
+        limits["val_psnr"] = cfg.fidelity_budget
     fidelity_sft = fidelity_on_validation(reference) if constrained else None
     for iteration in (bar := tqdm(range(start, cfg.iterations), initial=start, total=cfg.iterations, desc="rl",
                                   disable=not world.is_main_process)):
@@ -691,23 +695,24 @@ def train(cfg):
         # aims a little inside the budget: the drop comes to rest at its limit, and only averages within the budget are
         # kept
         excess = None if drop is None else [x - 0.9 * cfg.fidelity_budget for x in (
-            drop.tolist() if differentiable else [drop.max().item()])]
+            drop.tolist() if differentiable else [drop[:2].max().item()])]
         losses = update(restorer, reference, average, optimizer, batches, len(ids), excess, cfg, noise, differentiable)
 
         # log, and keep the best average so far
         reward = rewards[max(rewards)]
         row = {"iteration": iteration + 1, "reward": reward.nanmean().item(), "distance": distance.nanmean().item(),
                "weight": weight.mean().item()}
-        psnr, ssim = everyone([b["fidelity"] for b in batches]).mean(0).tolist()
+        psnr, ssim, _ = everyone([b["fidelity"] for b in batches]).mean(0).tolist()
         row |= {"psnr_y": psnr, "ssim": ssim / 20} | losses
-        row |= {} if drop is None else {"psnr_drop": drop[0].item(), "ssim_drop": drop[1].item() / 20}
+        if drop is not None:
+            row |= {"psnr_drop": drop[0].item(), "ssim_drop": drop[1].item() / 20, "psnr_rgb_drop": drop[2].item()}
         row |= {key: sum(b[key] for b in batches) for key in ("seconds_rollout", "seconds_reward")}
         row["seconds_update"] = time.perf_counter() - began
         rows.append(row)
         bar.set_postfix({k: f"{row[k]:.3f}" for k in ("reward", "distance", "weight", "psnr_drop") if k in row})
         if (iteration + 1) % cfg.save_every == 0 or iteration + 1 == cfg.iterations:
             row |= look(average)
-            if better(row, rows[chosen_at], rows[0], cfg.fidelity_budget):
+            if better(row, rows[chosen_at], rows[0], limits):
                 best.update({name: value.cpu().clone() for name, value in average.state_dict().items()})
                 chosen_at = iteration + 1
             if world.is_main_process:
