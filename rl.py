@@ -34,9 +34,8 @@ Chosen here:
     gathered, gradients are summed once per optimizer step.
  9. --estimator reward puts the judge's own gradient in the place of L_RL: that of -w min(M(x_hat), M(hq)), through one
     whole chain per input (Clark et al. 2024, DRaFT, arXiv 2309.17400), the same for all `updates` steps. Scores are not
-    divided by their spread, so lambda and beta weigh differently. With little noise in it all weights can train, by
-    small steps (--train all --updates 1 --lr 6e-5), but it needs a judge that lets gradients through, and leans
-    towards what fools it.
+    divided by their spread, so lambda and beta weigh differently. Without the policy's noise all weights can train, by
+    small steps (OF_REWARD), but it needs a judge that lets gradients through, and leans towards what fools it.
 
     python rl.py --task sr                                                              # laptop, about 6 minutes
     python rl.py --task sr --model ldm-sr --reward qrealign-mini --data DIR --size 256 --dtype bfloat16  # one GPU
@@ -207,7 +206,7 @@ class Config:
     train_steps: Annotated[int, "denoising steps that the update trains, the noisiest first; 0: all"] = 0
     micro_batch: Annotated[int, "samples in memory at once"] = 64
     lr: Annotated[float, "peak learning rate of AdamW, see learning_rate"] = 4e-4
-    estimator: Annotated[str, "policy, or reward: the judge's own gradient through the sampler"] = "policy"
+    estimator: Annotated[str, "policy, or reward: the judge's own gradient; six other defaults, see README"] = "policy"
     clip_range: Annotated[float, "of the ratio of mean log-densities"] = 2e-3
     kl_coef: Annotated[float, "beta, weight of the KL to the SFT restorer"] = 1e-5
     average: Annotated[float, "decay per optimizer step of the weight average that is saved; 0: the last weights"] = 0.9
@@ -225,6 +224,11 @@ class Config:
     dtype: Annotated[str, "bfloat16 or float32: arithmetic, and weights of frozen parts"] = "bfloat16"
     gradient_checkpointing: Annotated[bool, "compute activations again instead of keeping them"] = False
     trust_remote_code: Annotated[bool, "run Python code that a hub id of a reward brings along"] = False
+
+
+# The command line's defaults with --estimator reward: with little noise in the gradient all weights can train, by small
+# steps; the score of one restoration per input is enough, because nothing is compared
+OF_REWARD = dict(train="all", updates=1, lr=6e-5, inputs=24, samples_per_input=1, iterations=60)
 
 
 def check(cfg):
@@ -762,7 +766,9 @@ def report(cfg, reference, restorer, out, lq, hq, judges):
 
 def main():
     from utils import parse
-    train(parse(Config, description="Reinforcement learning of a diffusion restorer, weighed against SFT."))
+    about = "Reinforcement learning of a diffusion restorer, weighed against SFT."
+    cfg = parse(Config, description=about)
+    train(parse(Config, description=about, defaults=OF_REWARD) if cfg.estimator == "reward" else cfg)
 
 
 if __name__ == "__main__":

@@ -158,10 +158,11 @@ def pick_device(name, flag="--device"):
     return name
 
 
-def parse(config_class, argv=None, description=None, positional=None):
+def parse(config_class, argv=None, description=None, positional=None, defaults={}):
     """A flat dataclass -> its command line. Help comes from `Annotated[type, "help"]`; booleans are --x/--no-x.
 
     Returns the filled dataclass; with `positional` (a help text), the pair (dataclass, list of plain arguments).
+    defaults: field -> value, instead of those of the dataclass.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     if positional:
@@ -169,15 +170,16 @@ def parse(config_class, argv=None, description=None, positional=None):
     hints = typing.get_type_hints(config_class, include_extras=True)
     for field in dataclasses.fields(config_class):
         kind, text = typing.get_args(hints[field.name])
+        default = defaults.get(field.name, field.default)
         if kind is bool:
-            options = {"action": argparse.BooleanOptionalAction, "default": field.default, "help": text}
+            options = {"action": argparse.BooleanOptionalAction, "default": default, "help": text}
         elif kind is list:
-            default = field.default_factory()
+            default = defaults.get(field.name, field.default_factory())
             shown = f" (default: {' '.join(default)})" if default else ""
             options = {"nargs": "+", "default": default, "help": text + shown}
         else:
-            shown = "" if field.default == "" else f" (default: {field.default})"
-            options = {"type": kind, "default": field.default, "help": text + shown}
+            shown = "" if default == "" else f" (default: {default})"
+            options = {"type": kind, "default": default, "help": text + shown}
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
     values = vars(parser.parse_args(argv))
     plain = values.pop("plain_arguments", None)

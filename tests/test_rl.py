@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -167,6 +168,20 @@ def test_better_is_a_higher_reward_within_the_limits():
     assert better(row(0.6, 27.81), sft, sft, limits) and not better(row(0.4, 28.0), sft, sft, limits)
     assert not better(row(0.9, 27.79), sft, sft, limits) and not better(row(0.6, 28.0, 0.689), sft, sft, limits)
     assert not better(row(0.6, 28.0), row(0.7, 28.0), sft, limits) and better(row(0.1, 20.0), sft, sft, {})
+
+
+def test_the_estimator_has_its_own_defaults_and_flags_override_them(monkeypatch):
+    seen = []
+    monkeypatch.setattr(rl, "train", seen.append)
+    for words in ("", "--estimator reward", "--estimator reward --lr 1e-3 --train modulation"):
+        monkeypatch.setattr("sys.argv", ["rl.py", *words.split()])
+        rl.main()
+    policy, reward, changed = seen
+    assert policy == Config() and reward == Config(estimator="reward", **rl.OF_REWARD)
+    assert changed == Config(**{**rl.OF_REWARD, "estimator": "reward", "lr": 1e-3, "train": "modulation"})
+    line = (ROOT / "README.md").read_text().split("`reward` starts from ")[1].split(" |")[0]
+    stated = dict(re.findall(r"`--([a-z-]+) ([^ `]+)`", line))
+    assert stated == {key.replace("_", "-"): str(value) for key, value in rl.OF_REWARD.items()}
 
 
 @pytest.mark.parametrize("changes, words", (
