@@ -24,7 +24,8 @@ Chosen here:
  5. Fidelity is a constraint, not a reward, and each step is a constrained one (ConstrainedAdamW): the loss decides as
     long as a step goes no more than 0.3 of the way to a limit, nine tenths of --fidelity-budget; then the step slides
     along it. The gradients are those of SSIM and of brightness or PSNR (lost_fidelity), on training inputs, through the
-    sampling chain. How far a limit is, is measured on validation photographs, because the training crops lose more.
+    sampling chain. How far a limit is, is measured on validation photographs; the training crops lose more, and with
+    --fidelity-on both they count where they do.
  6. --train modulation trains normalizations and time embeddings (Restorer.train_only), a ninth of the small restorer's
     weights: they can sharpen and calm every feature at every noise level, and collect less noise of the gradient.
  7. What is kept is a running average of the weights over the optimizer steps, and of these averages the one with the
@@ -215,6 +216,7 @@ class Config:
     distance: Annotated[str, "of difficulty: iqa_gap, mse or ssim"] = "iqa_gap"
     sft_coef: Annotated[float, "lambda, weight of the SFT loss"] = 1e-5
     fidelity_budget: Annotated[float, "PSNR-Y in dB, and a twentieth of it in SSIM, that RL may cost; -1: off"] = 0.2
+    fidelity_on: Annotated[str, "where it is measured: val, or both: the worse of val and training inputs"] = "val"
     reward_mode: Annotated[str, "final, step, or step:K (every K-th denoising step is judged)"] = "final"
     # running
     resume: Annotated[bool, "go on from the last checkpoint in --out"] = False
@@ -259,6 +261,8 @@ def check(cfg):
         raise UserError("--dtype float16: small gradients vanish in it; train with bfloat16 or float32")
     if cfg.train not in ("modulation", "all"):
         raise UserError(f"--train {cfg.train}: unknown; choose modulation or all")
+    if cfg.fidelity_on not in ("val", "both"):
+        raise UserError(f"--fidelity-on {cfg.fidelity_on}: unknown; choose val or both")
     if cfg.estimator not in ("policy", "reward"):
         raise UserError(f"--estimator {cfg.estimator}: unknown; choose policy or reward")
     if cfg.estimator == "reward" and cfg.reward_mode != "final":
@@ -537,7 +541,7 @@ def measure_scale(scorer, restorer, pool, cfg, world):
 def measure_pool(restorer, judge, pool, cfg, world, memory, difficulty):
     """What the SFT restorer does on each training input, from two restorations of each: first memory and distances.
 
-    Returns the rewards of the ground truths, (pool,)."""
+    Returns the rewards of the ground truths, (pool,), and the `fidelity` of the restorations, (pool, 3)."""
     from tqdm import tqdm
 
     from utils import generator
@@ -548,13 +552,14 @@ def measure_pool(restorer, judge, pool, cfg, world, memory, difficulty):
         own = [generator(cfg.seed, 23, i) for i in part.tolist()]
         batch = collect(restorer, judge, *(x[ids[part]].to(restorer.device) for x in pool), cfg, own)
         cap = judge(batch["hq"][::repeats], batch["hq"][::repeats]).to(restorer.device).repeat_interleave(repeats)
-        batches.append({"rewards": batch["rewards"], "cap": cap, "distance": distances(batch, cap, cfg.distance)})
-    cap, distance = (everyone([b[key] for b in batches]) for key in ("cap", "distance"))
+        batches.append({"rewards": batch["rewards"], "cap": cap, "distance": distances(batch, cap, cfg.distance),
+                        "fidelity": batch["fidelity"]})
+    cap, distance, found = (everyone([b[key] for b in batches]) for key in ("cap", "distance", "fidelity"))
     keys = [str(i) for i in ids.tolist()]
     difficulty.observe(keys, distance)
     difficulty.set_anchor()
     step_advantages({k: everyone([b["rewards"][k] for b in batches]) for k in batches[0]["rewards"]}, keys, cap, memory)
-    return cap[::repeats]
+    return cap[::repeats], found.unflatten(0, (-1, repeats)).mean(1)
 
 
 def train(cfg):
@@ -641,7 +646,7 @@ def train(cfg):
         check_resume(cfg, out / "config.json")
         info = load_checkpoint(out / "checkpoint.safetensors", modules, optimizer, {})
         start, rows, chosen_at = info["iteration"], info["rows"], info["chosen_at"]
-        reward_hq = torch.tensor(info["reward_hq"], device=device)
+        reward_hq, fidelity_pool = (torch.tensor(info[key], device=device) for key in ("reward_hq", "fidelity_pool"))
         memory.load_state_dict(info["memory"]), difficulty.load_state_dict(info["difficulty"])
         if info["scorer"]:
             scorer.load_state_dict(info["scorer"])
@@ -651,7 +656,7 @@ def train(cfg):
             print("   ".join(f"{key} {value}" for key, value in asdict(cfg).items() if value != ""))
         if hasattr(scorer, "freeze"):
             measure_scale(scorer, restorer, pool, cfg, world)
-        reward_hq = measure_pool(restorer, judge, pool, cfg, world, memory, difficulty)
+        reward_hq, fidelity_pool = measure_pool(restorer, judge, pool, cfg, world, memory, difficulty)
         distance = sum(difficulty.latest.values()) / len(difficulty.latest)
         rows = [{"iteration": 0, "distance": distance} | look(average)]
 
@@ -695,7 +700,10 @@ def train(cfg):
             return [generator(cfg.seed, 24, iteration, *stream, i) for i in own]
         optimizer.param_groups[0]["lr"] = learning_rate(iteration, cfg.iterations, cfg.lr)
         began = time.perf_counter()
+        found = everyone([b["fidelity"] for b in batches])
         drop = fidelity_sft - fidelity_on_validation(restorer) if constrained else None
+        if constrained and cfg.fidelity_on == "both":  # of the same inputs and the same weights as the rollout
+            drop = torch.maximum(drop, (fidelity_pool[ids.to(device)] - found).mean(0).cpu())
         # aims a little inside the budget: the drop comes to rest at its limit, and only averages within the budget are
         # kept
         excess = None if drop is None else [x - 0.9 * cfg.fidelity_budget for x in (
@@ -706,7 +714,7 @@ def train(cfg):
         reward = rewards[max(rewards)]
         row = {"iteration": iteration + 1, "reward": reward.nanmean().item(), "distance": distance.nanmean().item(),
                "weight": weight.mean().item()}
-        psnr, ssim, _ = everyone([b["fidelity"] for b in batches]).mean(0).tolist()
+        psnr, ssim, _ = found.mean(0).tolist()
         row |= {"psnr_y": psnr, "ssim": ssim / 20} | losses
         if drop is not None:
             row |= {"psnr_drop": drop[0].item(), "ssim_drop": drop[1].item() / 20, "psnr_rgb_drop": drop[2].item()}
@@ -722,6 +730,7 @@ def train(cfg):
             if world.is_main_process:
                 save_checkpoint(out / "checkpoint.safetensors", modules, optimizer, {}, {
                     "iteration": iteration + 1, "rows": rows, "reward_hq": reward_hq.tolist(), "chosen_at": chosen_at,
+                    "fidelity_pool": fidelity_pool.tolist(),
                     "memory": memory.state_dict(), "difficulty": difficulty.state_dict(),
                     "scorer": scorer.state_dict() if hasattr(scorer, "freeze") else None})
                 write_rows(out / "metrics.csv", rows)

@@ -188,7 +188,7 @@ def test_the_estimator_has_its_own_defaults_and_flags_override_them(monkeypatch)
     ({"weight": "fixed:3"}, "--weight"), ({"eta": 0.0}, "--eta"), ({"reward": "judge2"}, "--reward"),
     ({"reward": "pyiqa:piqe"}, "--reward"), ({"reward": "judge+0.5*judge2"}, "--reward"),
     ({"reward_mode": "step:0"}, "--reward-mode"), ({"inputs": 999}, "--pool"), ({"memory": 2}, "--memory"),
-    ({"average": 1.0}, "--average"), ({"iterations": 0}, "--iterations"),
+    ({"average": 1.0}, "--average"), ({"fidelity_on": "test"}, "--fidelity-on"), ({"iterations": 0}, "--iterations"),
     ({"distance": "lpips"}, "--distance"), ({"views": 9}, "--views"),
     ({"estimator": "x"}, "--estimator"), ({"estimator": "reward", "reward_mode": "step"}, "--reward-mode"),
     ({"train": "head"}, "--train"), ({"dtype": "float16"}, "--dtype")))
@@ -358,8 +358,12 @@ def test_a_toy_reward_rises_by_its_own_gradient_up_to_the_cap(run, monkeypatch):
     def trained(name, scorer, hq=None, **changes):
         monkeypatch.setattr(reward, "load", lambda *args, **options: scorer)
         if hq is not None:  # the rewards of the ground truths
-            monkeypatch.setattr(rl, "measure_pool", measured := rl.measure_pool)
-            monkeypatch.setattr(rl, "measure_pool", lambda *args: torch.full_like(measured(*args), hq))
+            measured = rl.measure_pool
+
+            def told(*args):
+                reward_hq, fidelity = measured(*args)
+                return torch.full_like(reward_hq, hq), fidelity
+            monkeypatch.setattr(rl, "measure_pool", told)
         return run(name, **common | changes)
     gained = []
     for sign in (1.0, -1.0):
@@ -431,6 +435,21 @@ def test_resume_without_a_checkpoint_or_with_another_model_is_an_error(run, tiny
     tiny_restorer(layers_per_block=2).save(tmp_path / "start")
     with pytest.raises(UserError, match="does not fit"):
         run("done", resume=True)
+
+
+def test_the_budget_is_measured_on_training_inputs_too(run, monkeypatch):
+    """Told that the SFT restorer had 5 dB more on them, a run with --fidelity-on both sees a drop of 5 dB, each input
+    paired with itself; one with val does not."""
+    measured = rl.measure_pool
+
+    def better_sft(*args):
+        reward_hq, fidelity = measured(*args)
+        assert fidelity.shape == (4, 3)
+        return reward_hq, fidelity + torch.tensor([5.0, 0.0, 0.0])
+    monkeypatch.setattr(rl, "measure_pool", better_sft)
+    both, val = (rows(run(name, fidelity_on=name, iterations=1))[1] for name in ("both", "val"))
+    assert both["psnr_drop"] == pytest.approx(5, abs=0.5) and abs(val["psnr_drop"]) < 0.5
+    assert both["constraint"] > val["constraint"]
 
 
 def test_every_logged_column_is_in_the_readme(run):
