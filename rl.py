@@ -645,6 +645,8 @@ def train(cfg):
             raise UserError(f"--resume: no checkpoint in {out}; start without it")
         check_resume(cfg, out / "config.json")
         info = load_checkpoint(out / "checkpoint.safetensors", modules, optimizer, {})
+        if "fidelity_pool" not in info:
+            raise UserError(f"--resume: {out}/checkpoint.safetensors is of an older version of rl.py; start without it")
         start, rows, chosen_at = info["iteration"], info["rows"], info["chosen_at"]
         reward_hq, fidelity_pool = (torch.tensor(info[key], device=device) for key in ("reward_hq", "fidelity_pool"))
         memory.load_state_dict(info["memory"]), difficulty.load_state_dict(info["difficulty"])

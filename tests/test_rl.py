@@ -423,13 +423,20 @@ def test_every_optimizer_step_is_taken(updates, run, monkeypatch):
     assert len(steps) == min(updates, 3)  # 4 denoising steps, the last of them without noise
 
 
-def test_resume_without_a_checkpoint_or_with_another_model_is_an_error(run, tiny_restorer, tmp_path):
+def test_resume_without_a_checkpoint_or_with_another_model_is_an_error(run, tiny_restorer, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--resume"):
         run("nothing", resume=True)
     run("done")
     run("done", resume=True, lr=1e-5, micro_batch=2, dtype="bfloat16", iterations=5)  # what an error may advise
     with pytest.raises(UserError, match="--seed 0"):
         run("done", resume=True, seed=4)
+    with monkeypatch.context() as patch:
+        import utils
+        load = utils.load_checkpoint
+        patch.setattr(utils, "load_checkpoint", lambda *args: {
+            key: value for key, value in load(*args).items() if key != "fidelity_pool"})
+        with pytest.raises(UserError, match="older version"):
+            run("done", resume=True, iterations=6)
     with pytest.raises(UserError, match="--steps"):
         run("odd", steps=3)
     tiny_restorer(layers_per_block=2).save(tmp_path / "start")
