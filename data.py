@@ -679,8 +679,8 @@ def recolor(images, generator, tone=1.0, shift=0.0):
     list of (B, 3, H, W) in [-1, 1]: eleven photographs show few colors, and quality is not a matter of color.
 
     tone: how far gamma and contrast stray, 0: not at all; a judge that sees them change at random has no reason to take
-    haze or darkness for damage. shift: share of the room that the first of `images` leaves to white (or to black) by which the
-    brightness moves at most; the others may clip."""
+    haze or darkness for damage. shift: share of the room that the first of `images` leaves to white (or to black) by
+    which the brightness moves at most; the others may clip."""
     count = len(images[0])
     gamma, contrast, color = (torch.rand(3, count, 1, 1, 1, generator=generator) * torch.tensor(
         [0.8, 0.5, 1.4]).view(3, 1, 1, 1, 1) + torch.tensor([0.7, 0.6, -0.2]).view(3, 1, 1, 1, 1)).unbind()

@@ -414,7 +414,10 @@ def chain_gradient(restorer, lq, loss, cfg, noise):
         of_part = [torch.autograd.grad(x.sum() / len(lq), weights, retain_graph=k < len(losses), materialize_grads=True)
                    for k, x in enumerate(losses, 1)]
         of_part = [torch.stack(of_weight) for of_weight in zip(*of_part)]
-        gradients = of_part if gradients is None else torch._foreach_add(gradients, of_part)
+        if gradients is None:
+            gradients = of_part
+        else:
+            torch._foreach_add_(gradients, of_part)
     return gradients
 
 
