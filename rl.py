@@ -455,11 +455,11 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
     """`cfg.updates` optimizer steps on collected batches. Returns the means of what was logged, the ratio error first.
 
     Each optimizer step gets its own part of the denoising steps; a micro-batch is one step in one batch. The gradients
-    of the fidelity and of a judge, like the drop, are those of the weights before them. total: samples in the batches
-    of all processes. excess: drops - limit, a float for each of lost_fidelity, or None
-    without a budget.
-    differentiable: with --estimator reward, the reward that lets gradients through; batches then hold `cap`, the
-    rewards of the ground truths, and advantages of 0 (a step is repeated for SFT, KL and ratio_error only).
+    of the fidelity and of a judge, like the drop, are those of the weights before them.
+    batches: of `collect`, with `advantage` (N, B), `weight` (B,) and `cap` (B,), the rewards of the ground truths.
+    total: samples in the batches of all processes. excess: drops - limit, a float for each of lost_fidelity, or None
+    without a budget. differentiable: with --estimator reward, the reward that lets gradients through; advantages are
+    then 0, and a step is repeated for SFT, KL and ratio_error only.
     noise(*stream, inputs=False): the generator of a purpose, or a list of them, one for each input of this process.
     """
     usable = batches[0]["trajectory"].stochastic.nonzero().flatten().cpu()[:cfg.train_steps or None]
@@ -467,17 +467,15 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
     parts, repeats, logs = drawn.tensor_split(min(cfg.updates, len(drawn))), cfg.samples_per_input, []
     lq, hq = (torch.cat([batch[key] for batch in batches])[::repeats] for key in ("lq", "hq"))
 
-    def through_chains(loss, stream):  # processes: the mean over the inputs of all
-        gradients = chain_gradient(restorer, lq, loss, cfg, noise(stream, inputs=True))
-        torch._foreach_div_(gradients, total / repeats / len(lq))
-        return summed(gradients)
-    if excess is not None:
-        of_drop = through_chains(lambda images, part: lost_fidelity(images, hq[part], cfg.estimator), 2)
-    if differentiable:
-        cap = torch.cat([batch["cap"] for batch in batches])[::repeats]
-        weight = torch.cat([batch["weight"] for batch in batches]).view(-1, repeats).mean(1)
-        of_reward = [g[0] for g in through_chains(
-            lambda images, part: [-weight[part] * torch.minimum(differentiable(images), cap[part])], 3)]
+    cap, weight = (torch.cat([batch[key] for batch in batches]).view(-1, repeats).mean(1) for key in ("cap", "weight"))
+
+    def losses(images, part):  # of the same restorations: first the judge's, then the drops
+        found = [-weight[part] * torch.minimum(differentiable(images), cap[part])] if differentiable else []
+        return found + (lost_fidelity(images, hq[part], cfg.estimator) if excess is not None else [])
+    if differentiable or excess is not None:
+        chains = chain_gradient(restorer, lq, losses, cfg, noise(2, inputs=True))
+        torch._foreach_div_(chains, total / repeats / len(lq))  # the mean over the inputs of all processes
+        chains = summed(chains)
     for index, part in enumerate(parts):
         optimizer.zero_grad()
         own = noise(1, index, inputs=True)
@@ -490,7 +488,7 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
         weights = restorer.weights()
         gradients = summed([torch.zeros_like(p) if p.grad is None else p.grad for p in weights])
         if differentiable:
-            torch._foreach_add_(gradients, of_reward)
+            torch._foreach_add_(gradients, [g[0] for g in chains])
         for p, gradient in zip(weights, gradients):
             p.grad = gradient
         grad_norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -500,7 +498,7 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
                             "the last checkpoint")
         logs[-1]["grad_norm"] = grad_norm.item()
         if excess is not None:
-            optimizer.set_constraint(of_drop, excess)
+            optimizer.set_constraint([g[-len(excess):] for g in chains], excess)
         optimizer.step()
         if excess is not None:
             logs[-1]["constraint"] = optimizer.multiplier
@@ -690,12 +688,11 @@ def train(cfg):
         distance = everyone([distances(b, c, cfg.distance) for b, c in zip(batches, caps)])
         difficulty.observe(keys, distance)
         weight = difficulty.weight(distance)
-        own = (own_share(x, world).split(sizes) for x in (advantage.T, weight))
-        for batch, a, w in zip(batches, *own):
-            batch["advantage"], batch["weight"] = a.T, w
         if differentiable:
-            for batch, c in zip(batches, caps):
-                batch["advantage"], batch["cap"] = torch.zeros_like(batch["advantage"]), c
+            advantage = torch.zeros_like(advantage)
+        own = (own_share(x, world).split(sizes) for x in (advantage.T, weight))
+        for batch, c, a, w in zip(batches, caps, *own):
+            batch |= {"advantage": a.T, "weight": w, "cap": c}
 
         # update
         def noise(*stream, inputs=False):
