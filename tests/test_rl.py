@@ -289,16 +289,18 @@ def test_the_micro_batch_does_not_change_a_run(run):
     assert max((one[key] - other[key]).abs().max().item() for key in one) < 1e-5
 
 
-def test_two_processes_give_the_weights_of_one(run, tmp_path):
-    """accelerate launch with two gloo processes: the same global batch, the same weights."""
+@pytest.mark.parametrize("words", ("--reward=psnr --kl-coef=0.1 --sft-coef=0.1", "--reward=judge --estimator=reward "
+                                   "--samples-per-input=1 --fidelity-on=both --fidelity-budget=0 --updates=1 --train=all"))
+def test_two_processes_give_the_weights_of_one(words, run, tmp_path):
+    """accelerate launch with two gloo processes: the same global batch, the same weights. A budget of 0 dB is felt
+    from the first loss on, so that the three limits enter."""
     import subprocess
     import sys
 
     from conftest import ROOT
     from safetensors.torch import load_file
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items()]
-    flags += [f"--model={tmp_path / 'start'}", "--reward=psnr", "--iterations=3", "--pool=8", "--inputs=4", "--lr=1e-4",
-              "--kl-coef=0.1", "--sft-coef=0.1"]
+    flags += [f"--model={tmp_path / 'start'}", "--iterations=3", "--pool=8", "--inputs=4", "--lr=1e-4", *words.split()]
     launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
                 "--main_process_port=0",
                 "--mixed_precision=no", "--dynamo_backend=no"]
@@ -310,6 +312,7 @@ def test_two_processes_give_the_weights_of_one(run, tmp_path):
     assert any(not torch.equal(one[key], start[key]) for key in one)
     assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-5
     assert len(rows(tmp_path / "two")) == 4
+    assert rows(tmp_path / "two")[-1]["constraint"] > 0 or "psnr" in words
 
 
 @pytest.mark.parametrize("part, moves", (("modulation", ("norm", "time_emb", "bias")), ("all", ("",))))
