@@ -230,9 +230,10 @@ class Config:
 
 # The command line's defaults with --estimator reward: with little noise in the gradient all weights can train, by small
 # steps; the score of one restoration per input is enough, because nothing is compared. All weights can also learn the
-# training photographs by heart, so these count for the budget, and it is three quarters of what RL may cost elsewhere
+# training photographs by heart, so these count for the budget. It is small because it need not be large, and because
+# what deblur loses differs from one validation photograph to the next (its mean over the seven has an error of 0.12 dB)
 OF_REWARD = dict(train="all", updates=1, lr=6e-5, inputs=24, samples_per_input=1, iterations=60, fidelity_on="both",
-                 fidelity_budget=0.15)
+                 fidelity_budget=0.05)
 
 
 def check(cfg):
