@@ -494,7 +494,7 @@ def match_pairs(lq, hq, match):
     used = {path for pair in pairs for path in pair}
     unmatched = sorted({path for _, path in sources + targets} - used)
     if not pairs:
-        shown = ", ".join(map(str, unmatched[:4])) or "no images"
+        shown = f"{len(unmatched)} files: " + ", ".join(map(str, unmatched[:4])) if unmatched else "no images"
         raise UserError(f"--lq {lq}, --hq {hq}: no lq has its hq by --match {match} ({shown})")
     return pairs, unmatched
 
@@ -529,12 +529,12 @@ class Pairs(Photographs):
         return lq, hq[:, :height, :width]
 
 
-def load_pairs(split="all", lq="", hq="", match="same", dataset="", root=".", quiet=False):
+def load_pairs(split="all", lq="", hq="", match="same", dataset="", root=".", quiet=False, shown=5):
     """Pairs of a split (all, train, val, test) from two folders, or from `dataset`, a key of DATASETS, under `root`.
 
     Two folders are split by hq file as `photographs` splits; a dataset has folders for train, of which every tenth hq
-    is val, and for test (`all` is test). Prints what has no partner, unless quiet. Without lq (a dataset of clean
-    images): Photographs, to be degraded by its task.
+    is val, and for test (`all` is test). Prints the first `shown` files without partner, unless quiet. Without lq (a
+    dataset of clean images): Photographs, to be degraded by its task.
     """
     from utils import UserError
     held_out = ("test", "val")
@@ -551,8 +551,8 @@ def load_pairs(split="all", lq="", hq="", match="same", dataset="", root=".", qu
         return Photographs(take_split(paths, split) if split != "all" else paths, Path(hq).anchor)
     files, unmatched = match_pairs(lq, hq, match)
     if unmatched and not quiet:
-        print(f"{len(files)} pairs; {len(unmatched)} files without a partner: " + ", ".join(map(str, unmatched[:5]))
-              + (" and more" if len(unmatched) > 5 else ""))
+        print(f"{len(files)} pairs; {len(unmatched)} files without a partner: " + ", ".join(map(str, unmatched[:shown]))
+              + (f" and {len(unmatched) - shown} more (python data.py lists all)" if len(unmatched) > shown else ""))
     if split != "all":
         chosen = set(take_split(list(dict.fromkeys(hq for _, hq in files)), split, held_out))
         files = [(lq, hq) for lq, hq in files if hq in chosen]
@@ -661,6 +661,10 @@ def random_crops(photos, count, size, generator, min_detail=0.04):
     for _ in range(count):
         for _attempt in range(20):
             photo = photos[draw(len(photos))]
+            if min(photo.shape[1:]) < size:
+                from utils import UserError
+                raise UserError(f"--size {size}: a photograph is only {photo.shape[2]} x {photo.shape[1]}; lower "
+                                "it or use larger ones (--data DIR)")
             largest = min(3, min(photo.shape[1:]) // size)
             factor = (1, 1, 2, 3)[draw(4)]
             side = size * max(1, min(factor, largest))
@@ -860,7 +864,7 @@ def main():
     gen, name = generator(cfg.seed), cfg.dataset or ("pairs" if cfg.lq else cfg.task)
     source, task = None, cfg.task
     if cfg.lq or cfg.hq or cfg.dataset:
-        source = load_pairs("all", cfg.lq, cfg.hq, cfg.match, cfg.dataset, cfg.root)
+        source = load_pairs("all", cfg.lq, cfg.hq, cfg.match, cfg.dataset, cfg.root, shown=10 ** 9)
         print(f"{len(source)} images" + (f", lq smaller by {sorted(set(source.factor))}" if cfg.lq else ""))
         task = DATASETS[cfg.dataset][0] if cfg.dataset else task
     if isinstance(source, Pairs):

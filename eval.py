@@ -350,14 +350,14 @@ class Config:
     dtype: Annotated[str, "float32, bfloat16 or float16: the network's arithmetic"] = "float32"
 
 
-def held_out(task, source, count, size, device):
+def held_out(task, source, count, size, device, workers=0):
     """The fixed crops of a split, the same for every seed of a run: (lq, hq, names), lq and hq (N, 3, size, size).
 
     source: data.Photographs, which the task degrades, or data.Pairs."""
     from data import Pairs, get_task, grid_crops, pair_crops
     from utils import generator
     if isinstance(source, Pairs):
-        lq, hq = pair_crops(source, count, size, generator(0, 3))
+        lq, hq = pair_crops(source, count, size, generator(0, 3), workers=workers)
         return lq.to(device), hq.to(device), [f"crop {i}" for i in range(count)]
     hq, names = grid_crops(source, count, size, generator(0, 3))
     return get_task(task)(hq, generator(0, 4))[0].to(device), hq.to(device), names
@@ -382,7 +382,7 @@ def compare(restorers, lq, hq, judges, seeds=3, batch=32):
 
 def images_of(cfg):
     """What cfg asks for: (names, get, whole). get(i) -> (lq, hq), (1, 3, H, W) each; whole: these are no crops."""
-    from data import DATASETS, Pairs, get_task, load_pairs, photographs, whole_image
+    from data import Pairs, get_task, load_pairs, photographs, whole_image
     from utils import UserError
     if not (cfg.lq or cfg.hq or cfg.dataset or cfg.size == 0):
         source = photographs(cfg.split, cfg.data, cfg.size)
@@ -392,7 +392,7 @@ def images_of(cfg):
         source = load_pairs("test" if cfg.dataset else "all", cfg.lq, cfg.hq, cfg.match, cfg.dataset, cfg.root)
     else:
         source = photographs(cfg.split, cfg.data)
-    degrade = None if isinstance(source, Pairs) else get_task(DATASETS[cfg.dataset][0] if cfg.dataset else cfg.task)
+    degrade = None if isinstance(source, Pairs) else get_task(cfg.task)
     names = source.names[:cfg.count or None]
     if not names:
         raise UserError(f"--hq {cfg.hq}: no images there")
@@ -448,10 +448,11 @@ def load_models(cfg, folders, device):
 
 def lineup(restorers, cfg, lq_name):
     """Rows to measure: name -> (restorer, steps, eta, mean row?): lq, each model, and the first one's baselines."""
+    from sample import chosen_steps
     models = {lq_name: (None, 0, 0.0, False)}
     for index, (name, restorer) in enumerate(restorers.items()):
         own = restorer.defaults
-        steps, eta = cfg.steps or own["steps"], cfg.eta if cfg.eta >= 0 else own["eta"]
+        steps, eta = chosen_steps(restorer, cfg.steps), cfg.eta if cfg.eta >= 0 else own["eta"]
         models[name] = (restorer, steps, eta, cfg.baselines and index == 0)
         if cfg.baselines and index == 0:
             models |= {f"{name}, eta {other:g}": (restorer, steps, other, False)

@@ -4,13 +4,13 @@ Implements "Enhancing Diffusion-based Restoration Models via Difficulty-Adaptive
 Reward" (arXiv 2511.01645). One iteration, i a sample, k a denoising step, theta_old the weights that sampled:
 
   1 rollout     z_T .. z_0 for each lq with stochastic DDIM; keep z_t, z_{t-1}, log p_old           sample.rollout
-  2 reward      r_i = M(x_hat_i), or r_ik = M(decode(x0_hat(z_{t-1}))) for every k-th step          reward.py
+  2 reward      r_i = M(x_hat_i), or r_ik = M(decode(x0_hat(z_{t-1}))) for every K-th step          reward.py
   3 advantage   A = (min(r, M(hq_i)) - mean(history_i)) / (std(history_i) + delta), centred         difficulty.py
-  4 difficulty  d_i from ground truth, w_i = sigmoid(k (d_i - m) / s)                               difficulty.py
+  4 difficulty  d_i from ground truth, w_i = sigmoid(2 (d_i - m) / s); m, s: median, spread of d    difficulty.py
   5 update      L = mean_i [w_i L_RL,i + (1 - w_i) lambda L_SFT,i] + beta KL(p_theta || p_ref)
                 L_RL,i = max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  rho = exp(log p_theta - log p_old)
                 KL     = ||mu_theta - mu_ref||^2 / (2 sigma_t^2), mean over C, H, W
-                subject to  drop <= budget: the PSNR-Y and SSIM lost against the SFT restorer       (ours alone)
+                subject to  drop <= budget: PSNR and SSIM lost against the SFT restorer             (ours alone)
 The paper's exact equations are not public: README marks what is the paper's and what is our reconstruction.
 
 Chosen here:
@@ -33,10 +33,10 @@ Chosen here:
  8. Every random number belongs to (seed, iteration, sample), so that neither the micro-batch, nor the number of
     processes, nor a resumed run changes it. Processes share out the inputs; rewards, memory and difficulty are
     gathered, gradients are summed once per optimizer step.
- 9. --estimator reward puts the judge's own gradient in the place of L_RL: that of -w min(M(x_hat), M(hq)), through one
-    whole chain per input (Clark et al. 2024, DRaFT, arXiv 2309.17400), the same for all `updates` steps. Scores are not
-    divided by their spread, so lambda and beta weigh differently. Without the policy's noise all weights can train, by
-    small steps (OF_REWARD), but it needs a judge that lets gradients through, and leans towards what fools it.
+ 9. --estimator reward puts the judge's own gradient in the place of w L_RL: that of -w min(M(x_hat), M(hq)), through
+    one whole chain per input (Clark et al. 2024, DRaFT, arXiv 2309.17400), the same for all `updates` steps. Scores are
+    not divided by their spread, so lambda and beta weigh differently. Without the policy's noise all weights can train,
+    by small steps (OF_REWARD), but it needs a judge that lets gradients through, and leans towards what fools it.
 
     python rl.py --task sr                                                              # laptop, about 6 minutes
     python rl.py --task sr --model ldm-sr --reward qrealign-mini --data DIR --size 256 --dtype bfloat16  # one GPU
@@ -99,7 +99,7 @@ class ConstrainedAdamW(torch.optim.Optimizer):
       m, v <- averages of g and g^2 (Loshchilov and Hutter 2019, arXiv 1711.05101),   D = 1 / (sqrt(v) + eps)
       h_j  <- average, as m, of the gradient of drop j
       b_j   = rate (drop_j - budget) / lr - min(0, <h_j, D m>)
-      lam  >= 0, the shortest with sum_k <h_j, D h_k> lam_k >= b_j;   ||sum lam_j h_j|| at most bound ||m|| in D
+      lam  >= 0, of the shortest bend ||sum lam_j h_j|| with sum_k <h_j, D h_k> lam_k >= b_j; at most bound ||m||, in D
       theta <- theta - lr D (m + sum_j lam_j h_j)
     lam are the multipliers of: minimize the linearized loss in the metric 1 / D, subject to drop_j' <= drop_j - rate
     (drop_j - budget), as in constrained policy optimization (Achiam et al. 2017, arXiv 1705.10528, eq. 11) with Adam's
@@ -187,6 +187,7 @@ class Config:
     lq: Annotated[str, "folder of low-quality images, with --hq: pairs instead of a task"] = ""
     hq: Annotated[str, "folder of their ground truth"] = ""
     match: Annotated[str, "same, prefix, rain, suffix:LQ,HQ or start:LQ,HQ: how names of lq and hq belong"] = "same"
+    workers: Annotated[int, "processes that decode pairs; 0: none"] = 0
     dataset: Annotated[str, "a key of data.DATASETS, instead of --lq, --hq and --match"] = ""
     root: Annotated[str, "folder of --dataset"] = "."
     out: Annotated[str, "folder of the run; empty: runs/TASK"] = ""
@@ -215,7 +216,7 @@ class Config:
     weight: Annotated[str, "relative to the SFT model: baseline, the present one: running; or fixed:W"] = "baseline"
     distance: Annotated[str, "of difficulty: iqa_gap, mse or ssim"] = "iqa_gap"
     sft_coef: Annotated[float, "lambda, weight of the SFT loss"] = 1e-5
-    fidelity_budget: Annotated[float, "PSNR-Y in dB, and a twentieth of it in SSIM, that RL may cost; -1: off"] = 0.2
+    fidelity_budget: Annotated[float, "dB of PSNR-Y (reward: also RGB) and 20 SSIM that RL may cost; -1: off"] = 0.2
     fidelity_on: Annotated[str, "where it is measured: val, or both: the worse of val and training inputs"] = "val"
     reward_mode: Annotated[str, "final, step, or step:K (every K-th denoising step is judged)"] = "final"
     # running
@@ -241,7 +242,7 @@ def check(cfg):
     from difficulty import Difficulty
     from reward import UNSAFE, terms
     from utils import UserError
-    for name in ("iterations", "inputs", "samples_per_input", "pool", "updates", "micro_batch", "save_every"):
+    for name in ("iterations", "inputs", "samples_per_input", "pool", "updates", "micro_batch", "save_every", "size"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
     if not 1 <= cfg.views <= 8:
@@ -251,6 +252,9 @@ def check(cfg):
     if cfg.train_steps < 0 or not 0 <= cfg.average < 1:
         raise UserError(f"--train-steps {cfg.train_steps}, --average {cfg.average}: must be at least 0, the average "
                         "below 1")
+    if cfg.workers < 0 or not (cfg.lr > 0 and cfg.clip_range > 0 and cfg.sft_coef >= 0 and cfg.kl_coef >= 0):
+        raise UserError(f"--lr {cfg.lr}, --clip-range {cfg.clip_range}: must be above 0; --sft-coef {cfg.sft_coef}, "
+                        f"--kl-coef {cfg.kl_coef}, --workers {cfg.workers}: at least 0")
     if cfg.inputs > cfg.pool:
         raise UserError(f"--inputs {cfg.inputs}: more than --pool {cfg.pool}; enlarge the pool")
     if cfg.eta <= 0 and cfg.eta != -1:
@@ -277,20 +281,6 @@ def check(cfg):
         Difficulty(cfg.weight)
     except ValueError as error:
         raise UserError(f"--weight: {error}") from None
-
-
-def check_resume(cfg, path):
-    """Raises UserError if cfg differs from the saved one in more than how long and where the run goes on."""
-    import json
-
-    from utils import UserError
-    free = ("iterations", "out", "resume", "save_every", "device", "reward_device", "micro_batch", "lr", "dtype",
-            "gradient_checkpointing")
-    saved = asdict(Config()) | json.loads(path.read_text()) if path.exists() else {}  # older runs lack newer flags
-    changed = [f"--{key.replace('_', '-')} {value}" for key, value in saved.items()
-               if key not in free and getattr(cfg, key, value) != value]
-    if changed:
-        raise UserError(f"--resume: the run was started with {' '.join(changed)}; resume with the same")
 
 
 def judged_every(reward_mode):
@@ -405,7 +395,7 @@ def chain_gradient(restorer, lq, loss, cfg, noise):
     from torch.utils.checkpoint import checkpoint
 
     from sample import rollout
-    weights, count, gradients = restorer.weights(), max(1, cfg.micro_batch // cfg.steps), None
+    weights, count, gradients = restorer.weights(), max(1, cfg.micro_batch // cfg.steps), []
 
     def predict(*inputs):
         return checkpoint(restorer.predict, *inputs, use_reentrant=False)
@@ -414,13 +404,10 @@ def chain_gradient(restorer, lq, loss, cfg, noise):
         z = rollout(restorer, lq[own], cfg.steps, cfg.eta, noise[own], keep=False, grad=True,
                     predict=predict if cfg.gradient_checkpointing else None).z[-1]
         losses = loss(restorer.decode(z, lq[own]), own)
-        of_part = [torch.autograd.grad(x.sum() / len(lq), weights, retain_graph=k < len(losses), materialize_grads=True)
-                   for k, x in enumerate(losses, 1)]
-        of_part = [torch.stack(of_weight) for of_weight in zip(*of_part)]
-        if gradients is None:
-            gradients = of_part
-        else:
-            torch._foreach_add_(gradients, of_part)
+        gradients = gradients or [torch.zeros(len(losses), *p.shape, device=p.device) for p in weights]
+        for k, x in enumerate(losses):  # added one by one: each is a copy of all weights
+            torch._foreach_add_([g[k] for g in gradients], torch.autograd.grad(
+                x.sum() / len(lq), weights, retain_graph=k + 1 < len(losses), materialize_grads=True))
     return gradients
 
 
@@ -475,6 +462,7 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
     def losses(images, part):  # of the same restorations: first the judge's, then the drops
         found = [-weight[part] * torch.minimum(differentiable(images), cap[part])] if differentiable else []
         return found + (lost_fidelity(images, hq[part], cfg.estimator) if excess is not None else [])
+    chains = []
     if differentiable or excess is not None:
         chains = chain_gradient(restorer, lq, losses, cfg, noise(2, inputs=True))
         torch._foreach_div_(chains, total / repeats / len(lq))  # the mean over the inputs of all processes
@@ -495,7 +483,7 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
         for p, gradient in zip(weights, gradients):
             p.grad = gradient
         grad_norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        if not torch.isfinite(grad_norm):
+        if not (torch.isfinite(grad_norm) and all(g.isfinite().all() for g in chains)):
             from utils import UserError
             raise UserError("the gradient is not finite; lower --lr or use --dtype float32; --resume goes on from "
                             "the last checkpoint")
@@ -579,7 +567,8 @@ def train(cfg):
     from model import load
     from reward import load as load_reward
     from reward import symmetric
-    from utils import UserError, generator, load_checkpoint, pick_device, save_checkpoint, write_json, write_rows
+    from utils import (UserError, check_resume, generator, load_checkpoint, pick_device, save_checkpoint, write_json,
+                       write_rows)
 
     # set-up
     check(cfg)
@@ -613,14 +602,16 @@ def train(cfg):
     memory, difficulty = RewardMemory(cfg.memory), Difficulty(cfg.weight)
     fixed = generator(cfg.seed, 20)
     if isinstance(sources["train"], Pairs):
-        lq, hq = pair_crops(sources["train"], cfg.pool, cfg.size, fixed)
+        lq, hq = pair_crops(sources["train"], cfg.pool, cfg.size, fixed, workers=cfg.workers)
+        severity = torch.zeros(cfg.pool)  # unknown
     else:
         hq = random_crops(sources["train"], cfg.pool, cfg.size, fixed)
-        lq = degrade(hq, fixed)[0]
+        lq, severity = degrade(hq, fixed)
     pool = (lq, hq)  # not on the device: a pool of large crops would fill it
     modules = {"net": restorer, "average": average,
                "best": SimpleNamespace(state_dict=lambda: best, load_state_dict=best.update)}
-    lq, hq = held_out(cfg.task, sources["val"], 64, cfg.size, device)[:2]
+    test = held_out(cfg.task, sources["test"], CROPS, cfg.size, "cpu", cfg.workers)[:2]
+    lq, hq = held_out(cfg.task, sources["val"], 64, cfg.size, device, cfg.workers)[:2]
     if len(lq) < world.num_processes:
         raise UserError(f"--data: only {len(lq)} validation crops for {world.num_processes} processes; add photographs "
                         "or lower --size")
@@ -647,10 +638,12 @@ def train(cfg):
     if cfg.resume:
         if not (out / "checkpoint.safetensors").exists():
             raise UserError(f"--resume: no checkpoint in {out}; start without it")
-        check_resume(cfg, out / "config.json")
         info = load_checkpoint(out / "checkpoint.safetensors", modules, optimizer, {})
-        if "fidelity_pool" not in info:
+        free = ("iterations", "out", "resume", "save_every", "device", "reward_device", "micro_batch", "lr", "dtype",
+                "gradient_checkpointing", "workers")
+        if "config" not in info:
             raise UserError(f"--resume: {out}/checkpoint.safetensors is of an older version of rl.py; start without it")
+        check_resume(cfg, info["config"], free)
         start, rows, chosen_at = info["iteration"], info["rows"], info["chosen_at"]
         reward_hq, fidelity_pool = (torch.tensor(info[key], device=device) for key in ("reward_hq", "fidelity_pool"))
         memory.load_state_dict(info["memory"]), difficulty.load_state_dict(info["difficulty"])
@@ -659,12 +652,17 @@ def train(cfg):
     else:
         if world.is_main_process:
             write_json(out / "config.json", asdict(cfg))
+            (out / "summary.json").unlink(missing_ok=True)  # an earlier run's: eval.py would take it for this one's
             print("   ".join(f"{key} {value}" for key, value in asdict(cfg).items() if value != ""))
         if hasattr(scorer, "freeze"):
             measure_scale(scorer, restorer, pool, cfg, world)
         reward_hq, fidelity_pool = measure_pool(restorer, judge, pool, cfg, world, memory, difficulty)
         distance = sum(difficulty.latest.values()) / len(difficulty.latest)
         rows = [{"iteration": 0, "distance": distance} | look(average)]
+        if world.is_main_process and len(severity.unique()) > 1:
+            from scipy.stats import spearmanr
+            rank = spearmanr([difficulty.latest[str(i)] for i in range(cfg.pool)], severity).statistic
+            print(f"{cfg.distance} of the training inputs and their severity: rank correlation {rank:.2f}")
 
     constrained, repeats = cfg.fidelity_budget >= 0, cfg.samples_per_input
     limits = {"val_psnr_y": cfg.fidelity_budget, "val_ssim": cfg.fidelity_budget / 20} if constrained else {}
@@ -735,7 +733,7 @@ def train(cfg):
             if world.is_main_process:
                 save_checkpoint(out / "checkpoint.safetensors", modules, optimizer, {}, {
                     "iteration": iteration + 1, "rows": rows, "reward_hq": reward_hq.tolist(), "chosen_at": chosen_at,
-                    "fidelity_pool": fidelity_pool.tolist(),
+                    "fidelity_pool": fidelity_pool.tolist(), "config": asdict(cfg),
                     "memory": memory.state_dict(), "difficulty": difficulty.state_dict(),
                     "scorer": scorer.state_dict() if hasattr(scorer, "freeze") else None})
                 write_rows(out / "metrics.csv", rows)
@@ -747,10 +745,9 @@ def train(cfg):
     average.save(out / "model")
     print(f"kept the weights of iteration {chosen_at}, " + (
         "the best on validation photographs" if constrained else "the last, as there is no budget"))
-    crops = held_out(cfg.task, sources["test"], CROPS, cfg.size, device)[:2]
     judges = {name: watchers.get(name, scorer) for name in ("judge", "judge2")}
     judges |= {} if cfg.reward == "judge" else {"reward": scorer}
-    return report(cfg, reference, average, out, *crops, judges)
+    return report(cfg, reference, average, out, *(x.to(device) for x in test), judges)
 
 
 def report(cfg, reference, restorer, out, lq, hq, judges):
@@ -779,10 +776,14 @@ def report(cfg, reference, restorer, out, lq, hq, judges):
 
 
 def main():
+    import argparse
+
     from utils import parse
-    about = "Reinforcement learning of a diffusion restorer, weighed against SFT."
-    cfg = parse(Config, description=about)
-    train(parse(Config, description=about, defaults=OF_REWARD) if cfg.estimator == "reward" else cfg)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what the other defaults depend on
+    first.add_argument("--estimator")
+    defaults = OF_REWARD if first.parse_known_args()[0].estimator == "reward" else {}
+    train(parse(Config, description="Reinforcement learning of a diffusion restorer, weighed against SFT.",
+                defaults=defaults))
 
 
 if __name__ == "__main__":

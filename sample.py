@@ -221,10 +221,19 @@ def restore(restorer, lq, steps, eta, generator, tile=256, overlap=64):
         return restorer.decode(trajectory.z[-1], padded)[..., :height, :width]
 
 
+def chosen_steps(restorer, steps):
+    """The DDIM steps of a flag --steps; 0: as the restorer was trained. Raises UserError if it cannot take as many."""
+    most = restorer.scheduler.config.num_train_timesteps
+    if not 0 <= steps <= most:
+        from utils import UserError
+        raise UserError(f"--steps {steps}: must be from 1 to {most}, or 0: as the restorer was trained")
+    return steps or restorer.defaults["steps"]
+
+
 @dataclass
 class Config:
     model: Annotated[str, "folder of a saved restorer; empty: the shipped one of --task"] = ""
-    task: Annotated[str, "task of the shipped restorer; sr enlarges the input by --scale first"] = "sr"
+    task: Annotated[str, "sr, sr2, sr3: the input is enlarged first; empty: as --model says, or sr"] = ""
     out: Annotated[str, "folder for the PNGs"] = "restored"
     scale: Annotated[int, "bicubic enlargement before restoration; 0: 4 for sr, else 1"] = 0
     steps: Annotated[int, "DDIM steps; 0: as trained"] = 0
@@ -261,9 +270,9 @@ def main():
     if not files:
         raise UserError(f"{' '.join(inputs)}: no images found")
     device = pick_device(cfg.device)
-    restorer = load(cfg.model, device, cfg.dtype, cfg.task)
-    steps, eta = cfg.steps or restorer.defaults["steps"], cfg.eta if cfg.eta >= 0 else restorer.defaults["eta"]
-    base, options = split_task(restorer.defaults["task"] if cfg.model else cfg.task)
+    restorer = load(cfg.model, device, cfg.dtype, cfg.task or "sr")
+    steps, eta = chosen_steps(restorer, cfg.steps), cfg.eta if cfg.eta >= 0 else restorer.defaults["eta"]
+    base, options = split_task(cfg.task or (restorer.defaults["task"] if cfg.model else "sr"))
     scale = cfg.scale or (options.get("scale", 4) if base == "sr" else 1)
     failed = 0
     for file, target in (bar := tqdm(files, unit="image")):

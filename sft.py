@@ -146,7 +146,8 @@ def train(cfg):
     from data import Pairs, get_task, open_split
     from eval import evaluate, held_out, save_curves, save_grid
     from model import DTYPES, load
-    from utils import (UserError, generator, load_checkpoint, pick_device, save_checkpoint, write_json, write_rows)
+    from utils import (UserError, check_resume, generator, load_checkpoint, pick_device, save_checkpoint, write_json,
+                       write_rows)
 
     # set-up
     source, watched = open_split(cfg, "train"), open_split(cfg, "val")
@@ -176,6 +177,9 @@ def train(cfg):
     start, rows = 0, []
     if cfg.resume and (out / "checkpoint.safetensors").exists():
         info = load_checkpoint(out / "checkpoint.safetensors", modules, optimizer, generators)
+        check_resume(cfg, info.get("config", {}), (
+            "steps", "out", "resume", "save_every", "device", "micro_batch", "lr", "store", "dtype",
+            "gradient_checkpointing"))
         start, rows = info["step"], info["rows"]
     elif cfg.resume:
         raise UserError(f"--resume: no checkpoint in {out}; start without it")
@@ -205,7 +209,7 @@ def train(cfg):
             bar.set_postfix({k: f"{v:.3g}" for k, v in rows[-1].items() if k != "step"})
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             save_checkpoint(out / "checkpoint.safetensors", modules, optimizer, generators,
-                            {"step": step + 1, "rows": rows})
+                            {"step": step + 1, "rows": rows, "config": asdict(cfg)})
             write_rows(out / "metrics.csv", rows)
 
     # results: the averaged weights, on validation photographs

@@ -147,6 +147,15 @@ def load_checkpoint(path, modules, optimizer, generators):
     return info
 
 
+def check_resume(cfg, saved, free):
+    """Raises UserError if the dataclass cfg differs from `saved`, the dict of a checkpoint's, in more than the fields
+    of `free`: those that say how long and where a run goes on."""
+    changed = [f"--{key.replace('_', '-')} {value}" for key, value in saved.items()
+               if key not in free and getattr(cfg, key, value) != value]
+    if changed:
+        raise UserError(f"--resume: the run was started with {' '.join(changed)}; resume with the same")
+
+
 def pick_device(name, flag="--device"):
     """'auto' -> cuda, mps or cpu, whichever is there. Raises UserError for a device this machine lacks."""
     if name == "auto":

@@ -350,7 +350,7 @@ def test_bad_pairs_name_their_files(tmp_path):
         else:
             with pytest.raises(UserError, match="x.png.*y.png"):
                 pair_factor(tmp_path / "x.png", tmp_path / "y.png")
-    with pytest.raises(UserError, match="no lq has its hq.*a.png"):
+    with pytest.raises(UserError, match=r"no lq has its hq.*files: .*a.png"):
         match_pairs(tmp_path / "lq", tmp_path / "hq", "suffix:_L,_H")
     make(tmp_path / "twice", "a.png", "a.jpg")
     with pytest.raises(UserError, match="both would be the hq"):

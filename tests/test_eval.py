@@ -253,6 +253,9 @@ def test_clean_folders_and_presets(tmp_path, model_folder, photo_folder, monkeyp
              "--out", tmp_path / "x"]
     printed = run(monkeypatch, capsys, *words, "--dataset", "cbsd68", "--root", photo_folder)
     assert "cbsd68: 5 whole images" in printed and "on RGB, border 0" in printed and "| | psnr | ssim |" in printed
+    noisier = run(monkeypatch, capsys, *words, "--dataset", "cbsd68", "--root", photo_folder, "--task", "denoise75")
+    psnr = [float(text.split("| lq | ")[1].split()[0]) for text in (printed, noisier)]
+    assert psnr[0] - psnr[1] > 6  # the task that is asked for, not the preset's: 20 lg 3 = 9.5 dB less clipping
     noise = 20 * math.log10(255 / 25)
     lq = float(next(line for line in printed.splitlines() if line.startswith("| lq |")).split()[3])
     assert noise - 0.3 < lq < noise + 1.5  # clipping at black and white removes a part of the noise

@@ -191,7 +191,8 @@ def test_the_estimator_has_its_own_defaults_and_flags_override_them(monkeypatch)
     ({"average": 1.0}, "--average"), ({"fidelity_on": "test"}, "--fidelity-on"), ({"iterations": 0}, "--iterations"),
     ({"distance": "lpips"}, "--distance"), ({"views": 9}, "--views"),
     ({"estimator": "x"}, "--estimator"), ({"estimator": "reward", "reward_mode": "step"}, "--reward-mode"),
-    ({"train": "head"}, "--train"), ({"dtype": "float16"}, "--dtype")))
+    ({"train": "head"}, "--train"), ({"dtype": "float16"}, "--dtype"), ({"size": 0}, "--size"), ({"lr": 0.0}, "--lr"),
+    ({"kl_coef": math.nan}, "--kl-coef"), ({"clip_range": -1.0}, "--clip-range"), ({"workers": -1}, "--workers")))
 def test_bad_flags_are_named(changes, words):
     with pytest.raises(UserError, match=words):
         check(Config(**changes))
@@ -426,6 +427,29 @@ def test_every_optimizer_step_is_taken(updates, run, monkeypatch):
     assert len(steps) == min(updates, 3)  # 4 denoising steps, the last of them without noise
 
 
+def test_resume_does_not_take_an_earlier_runs_checkpoint_for_its_own(run, monkeypatch):
+    """A run in the folder of another one that stopped before its first checkpoint, and the summary of the first."""
+    first = run("same", iterations=2)
+    (first / "summary.json").write_text("{}")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rl, "update", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        run("same", seed=1)
+    assert not (first / "summary.json").exists()
+    with pytest.raises(UserError, match="started with --seed 0"):
+        run("same", seed=1, resume=True)
+
+
+def test_a_drop_without_a_finite_gradient_ends_the_run_and_keeps_the_checkpoint(run, monkeypatch):
+    from safetensors.torch import load_file
+    folder, original = run("nan", iterations=2), rl.chain_gradient
+    before = (folder / "checkpoint.safetensors").read_bytes()
+    monkeypatch.setattr(rl, "chain_gradient", lambda *args: [g * math.nan for g in original(*args)])
+    with pytest.raises(UserError, match="not finite"):
+        run("nan", iterations=4, resume=True)
+    assert (folder / "checkpoint.safetensors").read_bytes() == before
+    assert all(value.isfinite().all() for value in load_file(folder / "checkpoint.safetensors").values())
+
+
 def test_resume_without_a_checkpoint_or_with_another_model_is_an_error(run, tiny_restorer, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--resume"):
         run("nothing", resume=True)
@@ -437,7 +461,7 @@ def test_resume_without_a_checkpoint_or_with_another_model_is_an_error(run, tiny
         import utils
         load = utils.load_checkpoint
         patch.setattr(utils, "load_checkpoint", lambda *args: {
-            key: value for key, value in load(*args).items() if key != "fidelity_pool"})
+            key: value for key, value in load(*args).items() if key != "config"})
         with pytest.raises(UserError, match="older version"):
             run("done", resume=True, iterations=6)
     with pytest.raises(UserError, match="--steps"):
