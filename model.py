@@ -617,8 +617,9 @@ class Config:
 
 def memory(restorer):
     """Bytes that RL needs before any activation, by arithmetic: {name: bytes}. Trained weights are float32, with a
-    gradient, two moments of Adam, the gradient of the fidelity and its average, the running average of the weights and
-    the frozen reference; below float32, autocast keeps copies of two bytes. Frozen parts are held once."""
+    gradient, two moments of Adam, the gradient of the fidelity and its average (seven copies instead of two with rl.py
+    --estimator reward), the running average of the weights and the frozen reference; below float32, autocast keeps
+    copies of two bytes. Frozen parts are held once."""
     trained = sum(p.numel() for p in restorer.weights()) * 4
     rest = sum(p.numel() for p in restorer.net.parameters()) * 4 - trained
     frozen = sum(p.numel() * p.element_size() for name, module in restorer.frozen.items()

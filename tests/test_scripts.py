@@ -75,6 +75,7 @@ def test_data_and_model_scripts(tmp_path):
 @pytest.mark.parametrize("words", (
     ("rl.py", "--data", "/nowhere"), ("rl.py", "--model", "/nowhere"), ("rl.py", "--task", "nope"),
     ("rl.py", "--weight", "fixed:7"), ("rl.py", "--device", "cuda:99"), ("rl.py", "--resume", "--out", "/nowhere"),
+    ("rl.py", "--size", "512"), ("eval.py", "--task", "sr", "--steps", "-1"),
     ("sft.py", "--task", "nope"), ("eval.py",), ("eval.py", "/nowhere"), ("sample.py",), ("sample.py", "/nowhere.png"),
     ("reward.py",), ("reward.py", "score"), ("reward.py", "score", "/nowhere.png", "--metric", "nope"),
     ("reward.py", "score", "/nowhere.png"), ("data.py", "--data", "/nowhere"), ("model.py", "--model", "/nowhere")))
