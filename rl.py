@@ -661,8 +661,10 @@ def train(cfg):
         rows = [{"iteration": 0, "distance": distance} | look(average)]
         if world.is_main_process and len(severity.unique()) > 1:
             from scipy.stats import spearmanr
-            rank = spearmanr([difficulty.latest[str(i)] for i in range(cfg.pool)], severity).statistic
-            print(f"{cfg.distance} of the training inputs and their severity: rank correlation {rank:.2f}")
+            found = {"mse": -fidelity_pool[:, 2], "ssim": -fidelity_pool[:, 1]}  # negative PSNR ranks as mse does
+            found[cfg.distance] = torch.tensor([difficulty.latest[str(i)] for i in range(cfg.pool)])
+            print("rank correlation of distance and severity, training inputs: " + "   ".join(
+                f"{name} {spearmanr(x.cpu(), severity).statistic:.2f}" for name, x in found.items()))
 
     constrained, repeats = cfg.fidelity_budget >= 0, cfg.samples_per_input
     limits = {"val_psnr_y": cfg.fidelity_budget, "val_ssim": cfg.fidelity_budget / 20} if constrained else {}
