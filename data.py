@@ -529,12 +529,12 @@ class Pairs(Photographs):
         return lq, hq[:, :height, :width]
 
 
-def load_pairs(split="all", lq="", hq="", match="same", dataset="", root=".", quiet=False, shown=5):
+def load_pairs(split="all", lq="", hq="", match="same", dataset="", root=".", shown=5):
     """Pairs of a split (all, train, val, test) from two folders, or from `dataset`, a key of DATASETS, under `root`.
 
     Two folders are split by hq file as `photographs` splits; a dataset has folders for train, of which every tenth hq
-    is val, and for test (`all` is test). Prints the first `shown` files without partner, unless quiet. Without lq (a
-    dataset of clean images): Photographs, to be degraded by its task.
+    is val, and for test (`all` is test). Prints the first `shown` files without partner. Without lq (a dataset of
+    clean images): Photographs, to be degraded by its task.
     """
     from utils import UserError
     held_out = ("test", "val")
@@ -550,7 +550,7 @@ def load_pairs(split="all", lq="", hq="", match="same", dataset="", root=".", qu
         paths = [path for _, path in named_images(hq, "hq")]
         return Photographs(take_split(paths, split) if split != "all" else paths, Path(hq).anchor)
     files, unmatched = match_pairs(lq, hq, match)
-    if unmatched and not quiet:
+    if unmatched and shown:
         print(f"{len(files)} pairs; {len(unmatched)} files without a partner: " + ", ".join(map(str, unmatched[:shown]))
               + (f" and {len(unmatched) - shown} more (python data.py lists all)" if len(unmatched) > shown else ""))
     if split != "all":
@@ -566,7 +566,7 @@ def open_split(cfg, split):
     --data or the shipped ones. Sets cfg.task to that of a dataset. What has no partner is printed with `train` only."""
     if not (cfg.lq or cfg.hq or cfg.dataset):
         return photographs(split, cfg.data, cfg.size)
-    source = load_pairs(split, cfg.lq, cfg.hq, cfg.match, cfg.dataset, cfg.root, quiet=split != "train")
+    source = load_pairs(split, cfg.lq, cfg.hq, cfg.match, cfg.dataset, cfg.root, 5 * (split == "train"))
     cfg.task = DATASETS[cfg.dataset][0] if cfg.dataset else cfg.task
     return source
 
@@ -864,7 +864,7 @@ def main():
     gen, name = generator(cfg.seed), cfg.dataset or ("pairs" if cfg.lq else cfg.task)
     source, task = None, cfg.task
     if cfg.lq or cfg.hq or cfg.dataset:
-        source = load_pairs("all", cfg.lq, cfg.hq, cfg.match, cfg.dataset, cfg.root, shown=10 ** 9)
+        source = load_pairs("all", cfg.lq, cfg.hq, cfg.match, cfg.dataset, cfg.root, shown=sys.maxsize)
         print(f"{len(source)} images" + (f", lq smaller by {sorted(set(source.factor))}" if cfg.lq else ""))
         task = DATASETS[cfg.dataset][0] if cfg.dataset else task
     if isinstance(source, Pairs):

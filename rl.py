@@ -187,7 +187,6 @@ class Config:
     lq: Annotated[str, "folder of low-quality images, with --hq: pairs instead of a task"] = ""
     hq: Annotated[str, "folder of their ground truth"] = ""
     match: Annotated[str, "same, prefix, rain, suffix:LQ,HQ or start:LQ,HQ: how names of lq and hq belong"] = "same"
-    workers: Annotated[int, "processes that decode pairs; 0: none"] = 0
     dataset: Annotated[str, "a key of data.DATASETS, instead of --lq, --hq and --match"] = ""
     root: Annotated[str, "folder of --dataset"] = "."
     out: Annotated[str, "folder of the run; empty: runs/TASK"] = ""
@@ -220,6 +219,7 @@ class Config:
     fidelity_on: Annotated[str, "where it is measured: val, or both: the worse of val and training inputs"] = "val"
     reward_mode: Annotated[str, "final, step, or step:K (every K-th denoising step is judged)"] = "final"
     # running
+    workers: Annotated[int, "processes that decode pairs; 0: none"] = 0
     resume: Annotated[bool, "go on from the last checkpoint in --out"] = False
     save_every: Annotated[int, "iterations between checkpoints and between looks at validation images"] = 5
     device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
@@ -467,6 +467,7 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
         chains = chain_gradient(restorer, lq, losses, cfg, noise(2, inputs=True))
         torch._foreach_div_(chains, total / repeats / len(lq))  # the mean over the inputs of all processes
         chains = summed(chains)
+    sound = all(gradient.isfinite().all() for gradient in chains)
     for index, part in enumerate(parts):
         optimizer.zero_grad()
         own = noise(1, index, inputs=True)
@@ -483,7 +484,7 @@ def update(restorer, reference, average, optimizer, batches, total, excess, cfg,
         for p, gradient in zip(weights, gradients):
             p.grad = gradient
         grad_norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        if not (torch.isfinite(grad_norm) and all(g.isfinite().all() for g in chains)):
+        if not (sound and torch.isfinite(grad_norm)):
             from utils import UserError
             raise UserError("the gradient is not finite; lower --lr or use --dtype float32; --resume goes on from "
                             "the last checkpoint")
