@@ -294,7 +294,9 @@ def test_the_micro_batch_does_not_change_a_run(run):
                                    "--samples-per-input=1 --fidelity-on=both --fidelity-budget=0 --updates=1 --train=all"))
 def test_two_processes_give_the_weights_of_one(words, run, tmp_path):
     """accelerate launch with two gloo processes: the same global batch, the same weights. A budget of 0 dB is felt
-    from the first loss on, so that the three limits enter."""
+    from the first loss on, so that the three limits enter. All run on one thread: the launcher gives each process one,
+    and another number of threads sums in another order."""
+    import os
     import subprocess
     import sys
 
@@ -307,7 +309,7 @@ def test_two_processes_give_the_weights_of_one(words, run, tmp_path):
                 "--mixed_precision=no", "--dynamo_backend=no"]
     for name, launch in (("one", [sys.executable]), ("two", [sys.executable, *launcher])):
         subprocess.run([*launch, str(ROOT / "rl.py"), *flags, f"--out={tmp_path / name}"], check=True,
-                       capture_output=True, timeout=300)
+                       capture_output=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     one, two, start = (load_file(tmp_path / name / "unet/diffusion_pytorch_model.safetensors")
                        for name in ("one/model", "two/model", "start"))
     assert any(not torch.equal(one[key], start[key]) for key in one)
