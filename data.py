@@ -563,11 +563,13 @@ def load_pairs(split="all", lq="", hq="", match="same", dataset="", root=".", sh
 
 def open_split(cfg, split):
     """What the flags of a script ask for: Pairs or clean Photographs from --lq, --hq and --dataset, else Photographs of
-    --data or the shipped ones. Sets cfg.task to that of a dataset. What has no partner is printed with `train` only."""
+    --data or the shipped ones. An empty cfg.task becomes that of the dataset, or sr. What has no partner is printed with
+    `train` only."""
     if not (cfg.lq or cfg.hq or cfg.dataset):
-        return photographs(split, cfg.data, cfg.size)
-    source = load_pairs(split, cfg.lq, cfg.hq, cfg.match, cfg.dataset, cfg.root, 5 * (split == "train"))
-    cfg.task = DATASETS[cfg.dataset][0] if cfg.dataset else cfg.task
+        source = photographs(split, cfg.data, cfg.size)
+    else:
+        source = load_pairs(split, cfg.lq, cfg.hq, cfg.match, cfg.dataset, cfg.root, 5 * (split == "train"))
+    cfg.task = cfg.task or (DATASETS[cfg.dataset][0] if cfg.dataset else "sr")
     return source
 
 
@@ -842,7 +844,7 @@ def bench(cfg):
 
 @dataclass
 class Config:
-    task: Annotated[str, "degradation, a key of data.TASKS; sr3, denoise25, jpeg10 fix its severity"] = "sr"
+    task: Annotated[str, "key of data.TASKS; sr3, denoise25, jpeg10 fix its severity; empty: of --dataset, or sr"] = ""
     data: Annotated[str, "folder of photographs; empty: those inside the packages"] = ""
     lq: Annotated[str, "folder of low-quality images, with --hq: pairs instead of a task"] = ""
     hq: Annotated[str, "folder of their ground truth"] = ""
@@ -861,12 +863,11 @@ def main():
     if sys.argv[1:2] == ["bench"]:
         return bench(parse(BenchConfig, sys.argv[2:], "Measures the decoding of images in workers."))
     cfg = parse(Config, description="Shows pairs of a task or of two folders: lq above hq. See also: data.py bench.")
-    gen, name = generator(cfg.seed), cfg.dataset or ("pairs" if cfg.lq else cfg.task)
-    source, task = None, cfg.task
+    gen, source = generator(cfg.seed), None
     if cfg.lq or cfg.hq or cfg.dataset:
         source = load_pairs("all", cfg.lq, cfg.hq, cfg.match, cfg.dataset, cfg.root, shown=sys.maxsize)
         print(f"{len(source)} images" + (f", lq smaller by {sorted(set(source.factor))}" if cfg.lq else ""))
-        task = DATASETS[cfg.dataset][0] if cfg.dataset else task
+    task = cfg.task or (DATASETS[cfg.dataset][0] if cfg.dataset else "sr")
     if isinstance(source, Pairs):
         lq, hq = pair_crops(source, 8, cfg.size, gen)
     else:
@@ -874,7 +875,7 @@ def main():
         hq = random_crops(source or photographs("train", cfg.data, cfg.size), 8, cfg.size, gen)
         lq, severity = degrade(hq, gen)
         print("severity " + " ".join(f"{s:.2f}" for s in severity))
-    out = cfg.out or f"runs/data/{name}.png"
+    out = cfg.out or f"runs/data/{cfg.dataset or ('pairs' if cfg.lq else task)}.png"
     write_image(out, torch.cat([torch.cat(list(x), dim=2) for x in (lq, hq)], dim=1))
     print(f"wrote {out}")
 

@@ -76,7 +76,7 @@ def one_cycle(step, total, peak, warmup=0.1):
 @dataclass
 class Config:
     # what
-    task: Annotated[str, "degradation, a key of data.TASKS"] = "sr"
+    task: Annotated[str, "degradation, a key of data.TASKS; empty: that of --dataset, or sr"] = ""
     model: Annotated[str, "folder of a restorer to start from; empty: the small pixel restorer, random weights"] = ""
     channels: Annotated[str, "channels of that small one at its resolutions, with commas"] = "48,64,96"
     residual_scale: Annotated[float, "its scale of hq - lq; 0: from training crops, for unit variance"] = 0.0

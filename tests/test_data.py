@@ -1,6 +1,7 @@
 """Splits, image files of every kind, crops, tasks, pairs on disk and workers."""
 
 import functools
+import importlib
 import math
 import pickle
 import re
@@ -12,8 +13,8 @@ from PIL import Image
 
 import data
 from data import (DATASETS, SHIPPED, TASKS, aligned_crop, degrade_sr, enlarge, filter2d, fine_detail, gaussian_kernels,
-                  get_task, grid_crops, load_pairs, match_pairs, motion_kernels, pair_crops, pair_factor, photographs,
-                  random_crops, resize, round_8bit, stream, training_batch, whole_image)
+                  get_task, grid_crops, load_pairs, match_pairs, motion_kernels, open_split, pair_crops, pair_factor,
+                  photographs, random_crops, resize, round_8bit, stream, training_batch, whole_image)
 from utils import UserError, generator, read_image, read_uint8, to_uint8, write_image
 
 
@@ -381,6 +382,17 @@ def test_pairs_are_split_by_hq(tmp_path):
          "eval15/high/1.png")
     sizes = [len(load_pairs(split, dataset="lol", root=tmp_path / "d")) for split in ("train", "val", "test")]
     assert sizes == [10, 2, 1]
+
+
+@pytest.mark.parametrize("module", ("rl", "sft"))
+def test_a_dataset_brings_its_task_and_an_explicit_one_stays(module, tmp_path, photo_folder):
+    make(tmp_path, *(f"our485/{f}/{n}.png" for n in range(12) for f in ("low", "high")))
+    config = importlib.import_module(module).Config
+    for given, expected in (({"dataset": "lol", "root": str(tmp_path)}, "lowlight"), ({"data": str(photo_folder)}, "sr")):
+        for task in ("", "mixed"):
+            cfg = config(task=task, size=32, **given)
+            open_split(cfg, "train")
+            assert cfg.task == (task or expected)
 
 
 @pytest.fixture(scope="module")
