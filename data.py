@@ -31,7 +31,7 @@ Chosen here:
 
     python data.py --task derain                      # laptop: writes runs/data/derain.png, lq above hq
     python data.py --task sr --data ~/DIV2K_train_HR  # the same for a folder of photographs
-    python data.py --dataset sots --root ~/SOTS       # pairs on disk: counts them, names what has no partner
+    python data.py --dataset sots --root ~/SOTS/outdoor   # pairs on disk: counts them, names what has no partner
     python data.py bench --workers 2                  # images per second that the workers decode
 """
 
@@ -433,6 +433,7 @@ DATASETS = {
     "live1": ("jpeg10", ("train", "test"), ("- . same",)),
 }
 DATASETS["rain100h"] = DATASETS["rain100l"]
+HQ_BORDER = {"sots": 10}  # pixels that hq may have more at each side: SOTS indoor has 640 x 480 for hazy 620 x 460
 
 
 def name_rule(match):
@@ -499,10 +500,17 @@ def match_pairs(lq, hq, match):
     return pairs, unmatched
 
 
-def pair_factor(lq, hq):
+def without_border(height, width, h, w, border):
+    """(border, height, width) of the part of hq (height, width) that belongs to lq (h, w): hq without `border` pixels
+    at each side if just these are more than lq has, else all of it and 0."""
+    return (border, h, w) if (height - h, width - w) == (2 * border, 2 * border) else (0, height, width)
+
+
+def pair_factor(lq, hq, border=0):
     """How much smaller lq is than hq, from their headers: an integer, 1 for equal sizes. hq may have fewer than
-    `factor` rows or columns more. Raises UserError that names both files."""
+    `factor` rows or columns more, or `border` pixels at each side. Raises UserError that names both files."""
     (h, w), (height, width) = image_size(lq, whole=False), image_size(hq, whole=False)
+    _, height, width = without_border(height, width, h, w, border)
     factor = height // h
     if factor < 1 or not (0 <= height - factor * h < factor and 0 <= width - factor * w < factor):
         from utils import UserError
@@ -514,19 +522,21 @@ def pair_factor(lq, hq):
 class Pairs(Photographs):
     """Pairs of files, decoded on demand into uint8 (lq (3, h, w), hq (3, f h, f w)); factor[i] is f.
 
-    files: list of (lq path, hq path). Reads the headers of all files; raises UserError where two sizes do not fit."""
+    files: list of (lq path, hq path). border: see pair_factor. Reads the headers of all files; raises UserError where
+    two sizes do not fit."""
 
-    def __init__(self, files, cache=8):
+    def __init__(self, files, cache=8, border=0):
         super().__init__([hq for _, hq in files], Path(files[0][1]).anchor, cache)
         self.lq_paths = [lq for lq, _ in files]
         self.names = [str(lq) for lq in self.lq_paths]
-        self.factor = [pair_factor(lq, hq) for lq, hq in files]
+        self.factor, self.border = [pair_factor(lq, hq, border) for lq, hq in files], border
 
     def _decode(self, index):
         from utils import read_uint8
         lq, hq = read_uint8(self.lq_paths[index]), read_uint8(self.paths[index])
+        start, *_ = without_border(*hq.shape[1:], *lq.shape[1:], self.border)
         height, width = (side * self.factor[index] for side in lq.shape[1:])
-        return lq, hq[:, :height, :width]
+        return lq, hq[:, start:start + height, start:start + width]
 
 
 def load_pairs(split="all", lq="", hq="", match="same", dataset="", root=".", shown=5):
@@ -537,8 +547,10 @@ def load_pairs(split="all", lq="", hq="", match="same", dataset="", root=".", sh
     clean images): Photographs, to be degraded by its task.
     """
     from utils import UserError
-    held_out = ("test", "val")
+    held_out, too_few = ("test", "val"), f"too few images to have a {split} split; training, validation and test need 3"
     if dataset:
+        if lq or hq:
+            raise UserError(f"--dataset {dataset}: knows its folders; leave --lq and --hq out, or --dataset")
         held_out = ("val",)
         if dataset not in DATASETS:
             raise UserError(f"--dataset {dataset}: unknown; choose one of {', '.join(sorted(DATASETS))}")
@@ -548,7 +560,12 @@ def load_pairs(split="all", lq="", hq="", match="same", dataset="", root=".", sh
         raise UserError("--lq: needs --hq, the folder of the ground truth")
     if not lq:
         paths = [path for _, path in named_images(hq, "hq")]
-        return Photographs(take_split(paths, split) if split != "all" else paths, Path(hq).anchor)
+        if not paths:
+            raise UserError(f"--hq {hq}: no images there")
+        paths = take_split(paths, split) if split != "all" else paths
+        if not paths:
+            raise UserError(f"--hq {hq}: {too_few}")
+        return Photographs(paths, Path(hq).anchor)
     files, unmatched = match_pairs(lq, hq, match)
     if unmatched and shown:
         print(f"{len(files)} pairs; {len(unmatched)} files without a partner: " + ", ".join(map(str, unmatched[:shown]))
@@ -557,13 +574,13 @@ def load_pairs(split="all", lq="", hq="", match="same", dataset="", root=".", sh
         chosen = set(take_split(list(dict.fromkeys(hq for _, hq in files)), split, held_out))
         files = [(lq, hq) for lq, hq in files if hq in chosen]
     if not files:
-        raise UserError(f"--hq {hq}: too few images to have a {split} split; training, validation and test need 3")
-    return Pairs(files)
+        raise UserError(f"--hq {hq}: {too_few}")
+    return Pairs(files, border=HQ_BORDER.get(dataset, 0))
 
 
 def open_split(cfg, split):
     """What the flags of a script ask for: Pairs or clean Photographs from --lq, --hq and --dataset, else Photographs of
-    --data or the shipped ones. An empty cfg.task becomes that of the dataset, or sr. What has no partner is printed with
+    --data or the shipped ones. An empty cfg.task becomes that of the dataset, or sr. What has no partner is printed for
     `train` only."""
     if not (cfg.lq or cfg.hq or cfg.dataset):
         source = photographs(split, cfg.data, cfg.size)
@@ -728,7 +745,8 @@ def grid_crops(photos, count, size, generator, min_fine_detail=0.03):
     order = [p[i] for i in range(max(map(len, places))) for p in places if i < len(p)][:count]
     if not order:
         from utils import UserError
-        raise UserError("--data: the held-out photographs hold no crop with detail; add photographs")
+        raise UserError(f"--size {size}: the held-out photographs hold no such crop with detail; lower it or add "
+                        "photographs (--data)")
     crops = torch.stack([photos[i][:, y:y + size, x:x + size] for i, y, x in order]).float() / 127.5 - 1
     return crops, [f"{photos.names[i]}@{y},{x}" for i, y, x in order]
 
@@ -859,10 +877,12 @@ class Config:
 def main():
     import sys
 
-    from utils import generator, parse, write_image
+    from utils import UserError, generator, parse, write_image
     if sys.argv[1:2] == ["bench"]:
         return bench(parse(BenchConfig, sys.argv[2:], "Measures the decoding of images in workers."))
     cfg = parse(Config, description="Shows pairs of a task or of two folders: lq above hq. See also: data.py bench.")
+    if cfg.size < 1:
+        raise UserError(f"--size {cfg.size}: must be at least 1")
     gen, source = generator(cfg.seed), None
     if cfg.lq or cfg.hq or cfg.dataset:
         source = load_pairs("all", cfg.lq, cfg.hq, cfg.match, cfg.dataset, cfg.root, shown=sys.maxsize)
@@ -872,7 +892,8 @@ def main():
         lq, hq = pair_crops(source, 8, cfg.size, gen)
     else:
         degrade = get_task(task)
-        hq = random_crops(source or photographs("train", cfg.data, cfg.size), 8, cfg.size, gen)
+        source = photographs("train", cfg.data, cfg.size) if source is None else source
+        hq = random_crops(source, 8, cfg.size, gen)
         lq, severity = degrade(hq, gen)
         print("severity " + " ".join(f"{s:.2f}" for s in severity))
     out = cfg.out or f"runs/data/{cfg.dataset or ('pairs' if cfg.lq else task)}.png"

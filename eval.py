@@ -18,7 +18,8 @@ Chosen here:
     call, takes floats without a border: psnr_y on Y, psnr and ssim on RGB.
  4. Whole images go through tiles (sample.restore). The shipped judges learned crops of 64 x 64, so they score a whole
     image as the mean over its disjoint 64 x 64 tiles.
- 5. For sr, lq has been enlarged bicubically: the row "lq" is the bicubic baseline, and is called so.
+ 5. For sr, lq has been enlarged bicubically, unless pairs have equal sizes: the row "lq" is the bicubic baseline, and
+    is called so.
 
     python eval.py weights/sr runs/sr/model                       # laptop: two restorers in one table and picture
     python eval.py runs/table/*                                   # runs of rl.py named NAME-SEED: mean over seeds
@@ -134,7 +135,9 @@ def measure(models, batches, metrics, seeds, tile=256, on_hq=()):
 
 
 def mean_se(values):
-    """(mean, standard error of the mean) of a (N,) tensor; the error is NaN for N = 1."""
+    """(mean, standard error of the mean) of a (N,) tensor, NaN (a judge's answer that could not be read) left out; the
+    error is NaN for N = 1."""
+    values = values[~values.isnan()]
     return values.mean().item(), (values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan)
 
 
@@ -142,7 +145,8 @@ def paired(values, others):
     """(mean, low, high) of the difference of two (N,) tensors on the same images: the 95 % interval of Student's t."""
     from scipy.stats import t
     mean, error = mean_se(values - others)
-    half = t.ppf(0.975, len(values) - 1) * error if len(values) > 1 else math.nan
+    count = int((~(values - others).isnan()).sum())
+    half = t.ppf(0.975, count - 1) * error if count > 1 else math.nan
     return mean, mean - half, mean + half
 
 
@@ -187,14 +191,19 @@ def summary(rows, names):
 
 
 def format_table(rows):
-    """{row name: {metric: (N,) tensor}} -> Markdown lines, mean ± standard error; infinite values print as such."""
+    """{row name: {metric: (N,) tensor}} -> Markdown lines, mean ± standard error, "-" where nothing was measured, and
+    how many scores were NaN and left out."""
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, row in rows.items():
         cells = []
         for column in columns:
-            mean, error = mean_se(row[column]) if column in row else (math.nan, math.nan)
-            cells.append("-" if not math.isfinite(mean) else f"{mean:.{digits(column)}f} ± {error:.{digits(column)}f}")
+            if column not in row:
+                cells.append("-")
+                continue
+            mean, error = mean_se(row[column])
+            lost, places = int(row[column].isnan().sum()), digits(column)
+            cells.append(f"{mean:.{places}f} ± {error:.{places}f}" + (f" ({lost} NaN)" if lost else ""))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -288,10 +297,11 @@ def aggregate(folders):
     for folder in map(Path, folders):
         try:
             runs = json.loads((folder / "summary.json").read_text())
-        except (OSError, ValueError) as error:
+            gap = runs["hq"]["judge"] - runs["sft"]["judge"]
+            change = {key: runs["rl"][key] - runs["sft"][key] for key in digits if key != "gap closed"}
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: no readable summary.json ({error}); give runs that rl.py has ended") from None
-        gap, error = runs["hq"]["judge"] - runs["sft"]["judge"], crop_errors(folder)
-        change = {key: runs["rl"][key] - runs["sft"][key] for key in digits if key != "gap closed"}
+        error = crop_errors(folder)
         error |= {"gap closed": 100 * gap_closed(error["judge"], 0, gap)} if error else {}
         groups.setdefault(folder.name.rsplit("-", 1)[0], []).append(
             (runs, {"gap closed": 100 * gap_closed(change["judge"], 0, gap)} | change, error))
@@ -380,23 +390,28 @@ def compare(restorers, lq, hq, judges, seeds=3, batch=32):
     return rows, images
 
 
-def images_of(cfg):
-    """What cfg asks for: (names, get, whole). get(i) -> (lq, hq), (1, 3, H, W) each; whole: these are no crops."""
-    from data import Pairs, get_task, load_pairs, photographs, whole_image
+def images_of(cfg, border):
+    """What cfg asks for: (names, get, whole, enlarged). get(i) -> (lq, hq), (1, 3, H, W) each; whole: these are no
+    crops; enlarged: lq was, bicubically. Raises UserError for images that are too small within the border."""
+    from data import Pairs, get_task, image_size, load_pairs, photographs, split_task, whole_image
     from utils import UserError
     if not (cfg.lq or cfg.hq or cfg.dataset or cfg.size == 0):
         source = photographs(cfg.split, cfg.data, cfg.size)
         lq, hq, names = held_out(cfg.task, source, cfg.count or CROPS, cfg.size, "cpu")
-        return names, lambda i: (lq[i:i + 1], hq[i:i + 1]), False
+        if cfg.size - 2 * border < 11:
+            raise UserError(f"--size {cfg.size}, --border {border}: ssim needs at least 11 pixels within the border")
+        return names, lambda i: (lq[i:i + 1], hq[i:i + 1]), False, split_task(cfg.task)[0] == "sr"
     if cfg.lq or cfg.hq or cfg.dataset:
         source = load_pairs("test" if cfg.dataset else "all", cfg.lq, cfg.hq, cfg.match, cfg.dataset, cfg.root)
     else:
         source = photographs(cfg.split, cfg.data)
     degrade = None if isinstance(source, Pairs) else get_task(cfg.task)
     names = source.names[:cfg.count or None]
-    if not names:
-        raise UserError(f"--hq {cfg.hq}: no images there")
-    return names, functools.partial(whole_image, source, degrade), True
+    for path in source.paths[:len(names)]:
+        if min(image_size(path, whole=False)) - 2 * border < 11:
+            raise UserError(f"{path}: too small, ssim needs at least 11 pixels within the border (--border {border})")
+    enlarged = max(source.factor) > 1 if degrade is None else split_task(cfg.task)[0] == "sr"
+    return names, functools.partial(whole_image, source, degrade), True, enlarged
 
 
 def batched(get, count, whole, workers, device, size=32):
@@ -424,6 +439,7 @@ def load_metrics(cfg, color, border, whole, device):
     metrics |= reference_metrics(color, border)
     for name in cfg.metrics:
         reward = load_reward(name, device)
+        reward = on_tiles(reward) if whole and name in JUDGES else reward
         sign = getattr(reward, "sign", 1.0)
         label = name + (" ↓" if sign < 0 else " ↑")
         metrics[label] = lambda images, refs, reward=reward, sign=sign: sign * reward(images, refs)
@@ -473,7 +489,7 @@ def save_extremes(path, rows, models, names, get, tile, device):
         lq, hq = (x.to(device) for x in get(index))
         shown = {name: score(restorer, lq, hq, {}, steps, eta, [0], index, tile)[1][0, 0].cpu()
                  for name, (restorer, steps, eta, _) in models.items()} | {"hq": hq[0].cpu()}
-        side = max(8, min(hq.shape[-2:]) // 6)
+        side = min(max(8, min(hq.shape[-2:]) // 6), min(hq.shape[-2:]) // 3)
         place = busiest(shown[first], shown[last], side)
         for name, image in shown.items():
             columns[name].append(with_inset(image, *place, side))
@@ -486,13 +502,16 @@ def save_extremes(path, rows, models, names, get, tile, device):
 
 def main():
     from data import split_task
-    from utils import UserError, atomic, parse, pick_device, write_rows
+    from utils import UserError, atomic, make_folder, parse, pick_device, write_rows
     cfg, folders = parse(Config, description="Compares saved restorers, or sums up runs of rl.py.",
                          positional="folders of saved restorers, or of finished runs of rl.py")
     device, folders = pick_device(cfg.device), list(dict.fromkeys([*folders, *cfg.model]))
     if cfg.seeds < 1 or cfg.count < 0 or cfg.tile < 8 or cfg.color not in ("auto", "y", "rgb"):
         raise UserError(f"--seeds {cfg.seeds}, --count {cfg.count}, --tile {cfg.tile}, --color {cfg.color}: at least "
                         "1, 0 and 8, and one of auto, y, rgb")
+    if cfg.split not in ("test", "val", "train") or cfg.workers < 0 or cfg.size < 0:
+        raise UserError(f"--split {cfg.split}, --workers {cfg.workers}, --size {cfg.size}: test, val or train, and at "
+                        "least 0")
     if any((Path(folder) / "summary.json").exists() for folder in folders):
         print(aggregate(folders))
         return
@@ -503,12 +522,13 @@ def main():
     color, border = CONVENTIONS.get(base, ("rgb", 0))
     color = color if cfg.color == "auto" else cfg.color
     border = cfg.border if cfg.border >= 0 else options.get("scale", border)
-    names, get, whole = images_of(cfg)
+    names, get, whole, enlarged = images_of(cfg, border)
+    make_folder(cfg.out)  # now: a mistake must not cost the scores
     metrics, alone = load_metrics(cfg, color, border, whole, device)
 
     # scores
     from tqdm import tqdm
-    lq_name = "lq (bicubic)" if base == "sr" else "lq"
+    lq_name = "lq (bicubic)" if enlarged else "lq"
     models = lineup(restorers, cfg, lq_name)
     batches = tqdm(batched(get, len(names), whole, cfg.workers, device), desc="eval", unit="batch",
                    total=len(names) if whole else -(-len(names) // 32))
@@ -521,8 +541,8 @@ def main():
             "mean ± standard error over images")
     parts = [said, format_table(rows), format_differences(rows, folders)]
     if "judge" in rows.get("hq", {}):
-        start, goal = rows[folders[0]]["judge"].mean(), rows["hq"]["judge"].mean()
-        parts += [f"{name}: judge {said_of_gap(rows[name]['judge'].mean(), start, goal)}"
+        start, goal = rows[folders[0]]["judge"].nanmean(), rows["hq"]["judge"].nanmean()
+        parts += [f"{name}: judge {said_of_gap(rows[name]['judge'].nanmean(), start, goal)}"
                   for name in folders[1:]]
     text = "\n\n".join(part for part in parts if part)
     print(text)

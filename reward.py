@@ -341,7 +341,15 @@ class PyiqaReward:
 
         def metric(*stacks):
             return self.metric(*(((x.float() + 1) / 2).clamp(0, 1) for x in stacks)).reshape(len(stacks[0]))
-        scores = by_size(metric, self.batch, images, refs if full else None)
+        try:
+            scores = by_size(metric, self.batch, images, refs if full else None)
+        except (AssertionError, RuntimeError) as error:  # some metrics need larger images than they say
+            from utils import out_of_memory
+            if out_of_memory(error):
+                raise
+            height, width = images[0].shape[-2:]
+            fail(f"pyiqa:{self.name}: cannot score {width} x {height} pixels ({' '.join(str(error).split())[:120]}); "
+                 "try larger images")
         return self.sign * torch.stack(scores).detach().float().to(images[0].device)
 
 

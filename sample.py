@@ -208,7 +208,8 @@ def ramp(length):
 def restore(restorer, lq, steps, eta, generator, tile=256, overlap=64):
     """lq (B, 3, H, W) in [-1, 1] of any size -> restored images of the same size and range.
 
-    Reflect-pads to the restorer's multiple; larger sides than `tile` go through `tiled_predict`.
+    Reflect-pads to the restorer's multiple; larger sides than `tile` go through `tiled_predict`. Tiles overlap by half
+    of their side at most: small ones would be too many.
     """
     height, width = lq.shape[-2:]
     m = restorer.multiple
@@ -216,7 +217,7 @@ def restore(restorer, lq, steps, eta, generator, tile=256, overlap=64):
     mode = "reflect" if down < height and right < width else "replicate"  # reflection cannot exceed the image
     padded = F.pad(lq, (0, right, 0, down), mode=mode)
     trajectory = rollout(restorer, padded, steps, eta, generator, keep=False,
-                         predict=tiled_predict(restorer, tile, overlap))
+                         predict=tiled_predict(restorer, tile, min(overlap, tile // 2)))
     with torch.no_grad():
         return restorer.decode(trajectory.z[-1], padded)[..., :height, :width]
 
@@ -239,7 +240,7 @@ class Config:
     steps: Annotated[int, "DDIM steps; 0: as trained"] = 0
     eta: Annotated[float, "stochasticity of the sampler; -1: as trained"] = -1.0
     tile: Annotated[int, "largest side in pixels that the network sees at once"] = 256
-    overlap: Annotated[int, "pixels that neighbouring tiles share"] = 64
+    overlap: Annotated[int, "pixels that neighbouring tiles share, half of --tile at most"] = 64
     seed: Annotated[int, "seed of the sampler, the same for every image"] = 0
     device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
     dtype: Annotated[str, "float32, bfloat16 or float16: the network's arithmetic"] = "float32"
@@ -252,12 +253,13 @@ def main():
 
     from data import list_images, resize, split_task
     from model import load
-    from utils import UserError, generator, parse, pick_device, read_image, write_image
+    from utils import UserError, generator, make_folder, parse, pick_device, read_image, write_image
     cfg, inputs = parse(Config, description="Restores image files.", positional="image files or folders")
     if not inputs:
         raise UserError("no input: give image files or folders")
-    if not 0 <= cfg.overlap < cfg.tile:
-        raise UserError(f"--overlap {cfg.overlap}: must be at least 0 and smaller than --tile {cfg.tile}")
+    if cfg.overlap < 0 or cfg.tile < 8 or cfg.scale < 0:
+        raise UserError(f"--overlap {cfg.overlap}, --tile {cfg.tile}, --scale {cfg.scale}: at least 0, 8 and 0")
+    make_folder(cfg.out)
     files = []  # (file, path of its PNG)
     for name in map(Path, inputs):
         if not name.exists():

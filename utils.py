@@ -28,11 +28,19 @@ def generator(seed, *stream):
     return torch.Generator().manual_seed(mixed)
 
 
+def make_folder(path):
+    """Makes a folder and those above it, if missing. Raises UserError where that cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: no folder can be made there ({error.strerror}); choose another --out") from None
+
+
 @contextlib.contextmanager
 def atomic(path):
     """Yields a temporary path beside `path`, renamed onto it only if the block succeeds: no half-written file."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
@@ -83,6 +91,8 @@ def write_image(path, image):
     """(3, H, W) in [-1, 1] -> 8-bit file, format by the ending of `path`, written under a temporary name."""
     from PIL import Image
 
+    if Path(path).suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"{path}: this ending is of no image format; use .png or .jpg")
     with atomic(path) as temporary:
         Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy()).save(temporary)
 

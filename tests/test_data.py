@@ -369,6 +369,25 @@ def test_bad_pairs_name_their_files(tmp_path):
         load_pairs("val", tmp_path / "hq", tmp_path / "single")
     with pytest.raises(UserError, match="needs --hq"):
         load_pairs("test", lq=tmp_path / "lq")
+    with pytest.raises(UserError, match="--dataset sots: knows its folders"):
+        load_pairs("test", lq=tmp_path / "lq", dataset="sots", root=tmp_path)
+    with pytest.raises(UserError, match="too few images to have a train split"):
+        load_pairs("train", hq=tmp_path / "single")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no images there"):
+        load_pairs("all", hq=tmp_path / "empty")
+
+
+def test_the_border_that_sots_has_is_cut_off_hq(tmp_path):
+    """SOTS indoor: hazy 620 x 460, gt 640 x 480; here 10 pixels of another brightness around each gt."""
+    inner = torch.rand(3, 24, 40, generator=generator(0)) * 2 - 1
+    outer = torch.full((3, 44, 60), -1.0)
+    outer[:, 10:-10, 10:-10] = inner
+    write_image(tmp_path / "hazy/1_1.png", inner / 2), write_image(tmp_path / "gt/1.png", outer)
+    lq, hq = load_pairs("test", dataset="sots", root=tmp_path)[0]
+    assert lq.shape == hq.shape == (3, 24, 40) and torch.equal(hq, to_uint8(inner))
+    with pytest.raises(UserError, match="sizes do not fit"):  # of two folders, nothing is assumed
+        load_pairs("all", tmp_path / "hazy", tmp_path / "gt", "prefix")
 
 
 def test_pairs_are_split_by_hq(tmp_path):
@@ -388,7 +407,8 @@ def test_pairs_are_split_by_hq(tmp_path):
 def test_a_dataset_brings_its_task_and_an_explicit_one_stays(module, tmp_path, photo_folder):
     make(tmp_path, *(f"our485/{f}/{n}.png" for n in range(12) for f in ("low", "high")))
     config = importlib.import_module(module).Config
-    for given, expected in (({"dataset": "lol", "root": str(tmp_path)}, "lowlight"), ({"data": str(photo_folder)}, "sr")):
+    lol = {"dataset": "lol", "root": str(tmp_path)}
+    for given, expected in ((lol, "lowlight"), ({"data": str(photo_folder)}, "sr")):
         for task in ("", "mixed"):
             cfg = config(task=task, size=32, **given)
             open_split(cfg, "train")
@@ -489,6 +509,13 @@ def test_bench_and_pairs_on_the_command_line(tmp_path, photo_folder, monkeypatch
                                      str(tmp_path / "x.png")])
     data.main()
     assert "1 files without a partner" in capsys.readouterr().out and read_image(tmp_path / "x.png").shape[2] == 512
+    (tmp_path / "empty").mkdir()
+    for bad, message in (("--size=0", "--size 0"), (f"--out={tmp_path}/x.foo", "x.foo: this ending"),
+                         (f"--hq={tmp_path}/empty", "empty: no images"),
+                         (f"--out={tmp_path}/x.png/y.png", "no folder")):
+        monkeypatch.setattr("sys.argv", ["data.py", bad])
+        with pytest.raises(UserError, match=message):
+            data.main()
 
 
 def test_tasks_joined_by_a_plus_are_drawn_for_each_image(crops):

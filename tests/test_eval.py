@@ -46,6 +46,8 @@ def test_table_shows_what_is_there():
     text = format_table({"sft": {"judge": torch.tensor([0.5, 0.7]), "psnr_y": torch.tensor([30.0, 32.0])},
                          "hq": {"judge": torch.tensor([0.9, 0.9])}})
     assert "0.6000 ± 0.1000 | 31.00 ± 1.00" in text and text.splitlines()[-1] == "| hq | 0.9000 ± 0.0000 | - |"
+    text = format_table({"a": {"judge": torch.tensor([0.5, math.nan, 0.7]), "p": torch.tensor([1.0, math.inf])}})
+    assert "| a | 0.6000 ± 0.1000 (1 NaN) | inf" in text  # an answer that could not be read hides no other
 
 
 def test_runs_are_summed_up_by_name(tmp_path):
@@ -65,8 +67,10 @@ def test_runs_are_summed_up_by_name(tmp_path):
     assert "| default | 2 | +75 ± 25 (50, 100) | +0.150 ± 0.050 |" in text and "-0.10 ± 0.00" in text
     assert "| alone | 1 | +50 ± 25 | +0.100 ± 0.050 | +0.000 ± 0.000 |" in text  # over crops: 0.1 and 0.2
     assert "| default | 0.100, 0.600, 0.750, 0.800 | 0.500, 0.500, 0.500, 0.800 | 30.00, 30.00, 29.90 |" in text
-    with pytest.raises(UserError, match="summary.json"):
-        aggregate([tmp_path])
+    (tmp_path / "other").mkdir(), (tmp_path / "other/summary.json").write_text('{"x": 1}')
+    for folder in (tmp_path, tmp_path / "other"):
+        with pytest.raises(UserError, match="summary.json"):
+            aggregate([folder])
 
 
 def test_pictures_are_written(tmp_path):
@@ -222,7 +226,7 @@ def run(monkeypatch, capsys, *words):
 def test_pairs_of_two_folders_are_evaluated_whole(tmp_path, model_folder, monkeypatch, capsys):
     for index, hq in enumerate(random_crops(photographs("train"), 3, 100, generator(7))):
         write_image(tmp_path / "hq" / f"{index}.png", hq[:, :, :90 + index])
-        write_image(tmp_path / "lq" / f"{index}x2.png", degrade_sr(hq[None, :, :, :90 + index])[0][0])
+        write_image(tmp_path / "lq" / f"{index}x2.png", degrade_sr(hq[None, :, :, :90 + index])[0][0, :, 1::2, 1::2])
     words = [model_folder / "0", "--model", model_folder / "1", "--lq", tmp_path / "lq", "--hq", tmp_path / "hq",
              "--match", "suffix:x2,", "--steps", 2, "--seeds", 2, "--tile", 64, "--judge2", "none", "--metrics",
              "pyiqa:gmsd"]
@@ -263,9 +267,27 @@ def test_clean_folders_and_presets(tmp_path, model_folder, photo_folder, monkeyp
     assert "2 whole images" in printed and "on Y, border 2" in printed
     printed = run(monkeypatch, capsys, *words, "--task", "derain", "--count", 4, "--color", "rgb", "--border", 1)
     assert "derain: 4 crops" in printed and "on RGB, border 1" in printed
-    for bad in (["--color", "lab"], ["--lq", photo_folder], ["--dataset", "sots", "--root", tmp_path]):
+    for path, shape in ((tmp_path / "small/tiny.png", (3, 10, 40)), (tmp_path / "file.png", (3, 9, 9))):
+        write_image(path, torch.zeros(shape))
+    small = run(monkeypatch, capsys, *words, "--task", "denoise25", "--size", 11, "--count", 2)
+    assert "2 crops" in small and read_image(tmp_path / "x/comparison.png").std() > 0
+    for bad in (["--color", "lab"], ["--lq", photo_folder], ["--dataset", "sots", "--root", tmp_path],
+                ["--split", "all"], ["--workers", -1], ["--size", -3], ["--task", "sr", "--size", 18],
+                ["--border", 30], ["--hq", tmp_path / "small"], ["--out", tmp_path / "file.png"],
+                ["--dataset", "cbsd68", "--root", photo_folder, "--lq", photo_folder]):
         with pytest.raises(UserError, match="--"):
             run(monkeypatch, capsys, *words, *bad)
+
+
+def test_pairs_of_equal_size_are_not_called_bicubic(tmp_path, model_folder, photo_folder, monkeypatch, capsys):
+    for path in photo_folder.iterdir():
+        write_image(tmp_path / "lq" / path.name, read_image(path))
+    printed = run(monkeypatch, capsys, model_folder / "0", "--task", "sr", "--lq", tmp_path / "lq", "--hq",
+                  photo_folder, "--steps", 2, "--seeds", 1, "--count", 1, "--judge2", "none", "--metrics", "judge", "--no-baselines",
+                  "--out", tmp_path / "x")
+    assert "| lq |" in printed and "bicubic" not in printed and "border 4" in printed
+    scores = next(csv.DictReader(open(tmp_path / "x/scores.csv")))
+    assert scores["judge"] == scores["judge ↑"]  # on whole images both are means over tiles
 
 
 def test_without_folders_the_shipped_restorer_of_the_task_is_taken(tmp_path, monkeypatch, capsys):

@@ -121,6 +121,14 @@ def test_tiles_cover_everything(length, tile, overlap):
     assert all(b - a <= tile - overlap for a, b in zip(starts, starts[1:]))
 
 
+def test_small_tiles_overlap_by_half_of_their_side_at_most(tiny_restorer, gen):
+    lq, restorer, calls = torch.rand(1, 3, 64, 64, generator=gen), tiny_restorer(), []
+    predict = restorer.predict
+    restorer.predict = lambda *inputs: calls.append(len(inputs[0])) or predict(*inputs)
+    restore(restorer, lq, 1, 1.0, gen, tile=32, overlap=31)
+    assert sum(calls) == 9  # 3 x 3; with an overlap of 31, 33 x 33
+
+
 @pytest.mark.parametrize("tile, overlap", ((32, 8), (30, 7), (4, 0), (100, 99)))
 def test_any_tile_size_works(tile, overlap, tiny_restorer, gen):
     lq = torch.rand(1, 3, 48, 40, generator=gen) * 2 - 1
