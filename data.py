@@ -578,6 +578,11 @@ def load_pairs(split="all", lq="", hq="", match="same", dataset="", root=".", sh
     return Pairs(files, border=HQ_BORDER.get(dataset, 0))
 
 
+def chosen_task(task, dataset):
+    """The task that is asked for, else that of the dataset, else sr."""
+    return task or (DATASETS[dataset][0] if dataset else "sr")
+
+
 def open_split(cfg, split):
     """What the flags of a script ask for: Pairs or clean Photographs from --lq, --hq and --dataset, else Photographs of
     --data or the shipped ones. An empty cfg.task becomes that of the dataset, or sr. What has no partner is printed for
@@ -586,7 +591,7 @@ def open_split(cfg, split):
         source = photographs(split, cfg.data, cfg.size)
     else:
         source = load_pairs(split, cfg.lq, cfg.hq, cfg.match, cfg.dataset, cfg.root, 5 * (split == "train"))
-    cfg.task = cfg.task or (DATASETS[cfg.dataset][0] if cfg.dataset else "sr")
+    cfg.task = chosen_task(cfg.task, cfg.dataset)
     return source
 
 
@@ -887,7 +892,7 @@ def main():
     if cfg.lq or cfg.hq or cfg.dataset:
         source = load_pairs("all", cfg.lq, cfg.hq, cfg.match, cfg.dataset, cfg.root, shown=sys.maxsize)
         print(f"{len(source)} images" + (f", lq smaller by {sorted(set(source.factor))}" if cfg.lq else ""))
-    task = cfg.task or (DATASETS[cfg.dataset][0] if cfg.dataset else "sr")
+    task = chosen_task(cfg.task, cfg.dataset)
     if isinstance(source, Pairs):
         lq, hq = pair_crops(source, 8, cfg.size, gen)
     else:

@@ -144,9 +144,9 @@ def mean_se(values):
 def paired(values, others):
     """(mean, low, high) of the difference of two (N,) tensors on the same images: the 95 % interval of Student's t."""
     from scipy.stats import t
-    mean, error = mean_se(values - others)
-    count = int((~(values - others).isnan()).sum())
-    half = t.ppf(0.975, count - 1) * error if count > 1 else math.nan
+    difference = (values - others)[~(values - others).isnan()]
+    mean, error = mean_se(difference)
+    half = t.ppf(0.975, len(difference) - 1) * error if len(difference) > 1 else math.nan
     return mean, mean - half, mean + half
 
 
