@@ -1,4 +1,4 @@
-"""Lets the tests import the flat scripts from the folder above, and shares the small things they need."""
+"""Lets the tests import the flat scripts from the folder above; small things they share."""
 
 import sys
 from pathlib import Path
@@ -6,12 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
-from utils import quiet  # noqa: E402
-
-quiet()
+from utils import read_image, write_image  # noqa: E402
 
 
 @pytest.fixture
@@ -21,19 +18,27 @@ def gen():
 
 @pytest.fixture(scope="session")
 def tiny_restorer():
-    """Builds a pixel restorer of a few thousand random weights; a fresh one per call."""
-    from model import PixelRestorer
-    return lambda **changes: PixelRestorer.create(
-        block_out_channels=(8, 16, 16), norm_num_groups=4, defaults={"steps": 4}, **changes)
+    """Builds a pixel restorer of a few thousand random weights with 4 steps; a fresh one each."""
+    from tiny import pixel
+
+    def build():
+        restorer = pixel()
+        restorer.defaults["steps"] = 4
+        return restorer
+    return build
 
 
 @pytest.fixture(scope="session")
 def photo_folder(tmp_path_factory):
-    """Five 96 x 96 photographs in a folder."""
-    from data import photographs, random_crops
-    from utils import write_image
+    """Five 96 x 96 photographs in a folder with subfolders train (3), val (1) and test (1)."""
+    import skimage
+    shipped = Path(skimage.__file__).parent / "data"
+    astronaut = read_image(shipped / "astronaut.png")  # (3, 512, 512)
+    chelsea = read_image(shipped / "chelsea.png")      # (3, 300, 451)
     folder = tmp_path_factory.mktemp("photos")
-    crops = random_crops(photographs("train"), 5, 96, torch.Generator().manual_seed(1))
-    for index, crop in enumerate(crops):
-        write_image(folder / f"{index}.png", crop)
+    for name, photo, top, left in (
+            ("train/face", astronaut, 60, 180), ("train/suit", astronaut, 300, 220),
+            ("train/rocket", astronaut, 100, 380), ("val/flag", astronaut, 250, 10),
+            ("test/cat", chelsea, 80, 180)):
+        write_image(folder / f"{name}.png", photo[:, top:top + 96, left:left + 96])
     return folder
