@@ -1,30 +1,36 @@
-"""The stochastic DDIM step against diffusers and torch.distributions, rollouts, and images of any size."""
+"""The stochastic DDIM step against diffusers and torch.distributions; rollouts, tiles, files."""
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from sample import ddim_step, normal, predict_x0, restore, rollout, tile_starts, time_grid
+from sample import (ddim_step, draw, predict_x0, ramp, replay, restore, rollout, targets,
+                    tile_starts, time_grid)
+from utils import UserError, write_image
 
-TYPES = ("epsilon", "sample", "v_prediction")
-SPACINGS = ("leading", "trailing", "linspace")
+KINDS = ("epsilon", "sample", "v_prediction")
 
 
 def make_scheduler(kind="epsilon", spacing="leading", to_one=True, **more):
-    return DDIMScheduler(prediction_type=kind, timestep_spacing=spacing, set_alpha_to_one=to_one, clip_sample=False,
-                         **more)
+    return DDIMScheduler(prediction_type=kind, timestep_spacing=spacing, set_alpha_to_one=to_one,
+                         **{"clip_sample": False} | more)
 
 
-@pytest.mark.parametrize("kind", TYPES)
+def numbers(gen, count=2, side=4):
+    return (torch.randn(count, 3, side, side, generator=gen) for _ in range(3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("eta", (0.0, 0.5, 1.0))
 @pytest.mark.parametrize("to_one", (True, False))
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("spacing", ("leading", "trailing", "linspace"))
 def test_step_equals_diffusers(kind, eta, to_one, spacing, gen):
     scheduler = make_scheduler(kind, spacing, to_one)
     t, a, b = time_grid(scheduler, 10)
     for k in range(10):
-        z, output, noise = (torch.randn(2, 3, 4, 4, generator=gen) for _ in range(3))
-        theirs = scheduler.step(output, t[k], z, eta=eta, variance_noise=noise if eta > 0 else None)
+        z, output, noise = numbers(gen)
+        given = noise if eta > 0 else None
+        theirs = scheduler.step(output, t[k], z, eta=eta, variance_noise=given)
         ours = ddim_step(output, z, a[k].expand(2), b[k].expand(2), eta, kind, noise=noise)
         torch.testing.assert_close(ours.z_prev, theirs.prev_sample, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(ours.x0, theirs.pred_original_sample, rtol=1e-4, atol=1e-4)
@@ -33,39 +39,47 @@ def test_step_equals_diffusers(kind, eta, to_one, spacing, gen):
 def test_clipped_step_equals_diffusers(gen):
     scheduler = DDIMScheduler(clip_sample=True, clip_sample_range=0.7)
     t, a, b = time_grid(scheduler, 5)
-    z, output, noise = (torch.randn(2, 3, 4, 4, generator=gen) for _ in range(3))
+    z, output, noise = numbers(gen)
     theirs = scheduler.step(output, t[2], z, eta=1.0, variance_noise=noise)
-    ours = ddim_step(output, z, a[2].expand(2), b[2].expand(2), 1.0, "epsilon", noise=noise, clip_x0=0.7)
+    ours = ddim_step(output, z, a[2].expand(2), b[2].expand(2), 1.0, "epsilon", noise=noise,
+                     clip_x0=0.7)
     torch.testing.assert_close(ours.z_prev, theirs.prev_sample)
-    assert ours.x0.abs().max() <= 0.7
+
+
+@pytest.mark.parametrize("offset, steps", ((1, 1000), (1, 50), (0, 6)))
+def test_any_number_of_steps_stays_within_the_schedule(offset, steps):
+    t, a, b = time_grid(make_scheduler(steps_offset=offset, to_one=False), steps)
+    assert len(t) == steps and 0 <= t.min() and t.max() <= 999 and (b >= a).all()
 
 
 def test_log_prob_is_the_mean_gaussian_density(gen):
     _, a, b = time_grid(make_scheduler(), 10)
-    z, output, noise = (torch.randn(3, 3, 8, 8, generator=gen) for _ in range(3))
+    z, output, noise = numbers(gen, 3, 8)
     step = ddim_step(output, z, a[4].expand(3), b[4].expand(3), 1.0, "epsilon", noise=noise)
-    normal_ = torch.distributions.Normal(step.mean, step.sigma_t.view(-1, 1, 1, 1))
-    torch.testing.assert_close(step.log_prob, normal_.log_prob(step.z_prev).mean((1, 2, 3)))
-    again = ddim_step(output, z, a[4].expand(3), b[4].expand(3), 1.0, "epsilon", z_prev=step.z_prev)
-    torch.testing.assert_close(again.log_prob, step.log_prob, rtol=0, atol=0)
+    normal = torch.distributions.Normal(step.mean, step.sigma_t.view(-1, 1, 1, 1))
+    torch.testing.assert_close(step.log_prob, normal.log_prob(step.z_prev).mean((1, 2, 3)))
+    torch.testing.assert_close(step.z_prev, step.mean + step.sigma_t.view(-1, 1, 1, 1) * noise)
 
 
 def test_each_sample_may_be_at_its_own_time(gen):
     _, a, b = time_grid(make_scheduler("v_prediction"), 10)
-    z, output, noise = (torch.randn(2, 3, 4, 4, generator=gen) for _ in range(3))
+    z, output, noise = numbers(gen)
     both = ddim_step(output, z, a[[2, 7]], b[[2, 7]], 0.7, "v_prediction", noise=noise)
     for i, k in enumerate((2, 7)):
-        alone = ddim_step(output[i:i + 1], z[i:i + 1], a[k:k + 1], b[k:k + 1], 0.7, "v_prediction", noise=noise[i:i + 1])
-        torch.testing.assert_close(both.z_prev[i:i + 1], alone.z_prev)
-        torch.testing.assert_close(both.log_prob[i:i + 1], alone.log_prob)
+        one = slice(i, i + 1)
+        alone = ddim_step(output[one], z[one], a[k:k + 1], b[k:k + 1], 0.7, "v_prediction",
+                          noise=noise[one])
+        torch.testing.assert_close(both.z_prev[one], alone.z_prev)
+        torch.testing.assert_close(both.log_prob[one], alone.log_prob)
 
 
 @pytest.mark.parametrize("eta, prev", ((0.0, 0.9), (1.0, 1.0), (3.0, 0.9)))
 def test_degenerate_steps_are_finite(eta, prev, gen):
-    """sigma = 0 by eta or by the last step, and eta so large that no direction is left: no NaN, forward or backward."""
-    output = torch.randn(2, 3, 4, 4, generator=gen, requires_grad=True)
-    z, noise = (torch.randn(2, 3, 4, 4, generator=gen) for _ in range(2))
-    step = ddim_step(output, z, torch.full((2,), 0.5), torch.full((2,), prev), eta, "epsilon", noise=noise)
+    """sigma = 0 by eta or at the last step, eta so large that no direction is left: no NaN."""
+    z, output, noise = numbers(gen)
+    output.requires_grad_()
+    step = ddim_step(output, z, torch.full((2,), 0.5), torch.full((2,), prev), eta, "epsilon",
+                     noise=noise)
     assert all(x.isfinite().all() for x in step)
     if eta * (1 - prev) == 0:
         assert (step.log_prob == 0).all() and (step.sigma_t == 0).all()
@@ -73,70 +87,92 @@ def test_degenerate_steps_are_finite(eta, prev, gen):
     assert output.grad.isfinite().all()
 
 
-def test_gradient_reaches_the_output_only_through_the_mean(gen):
-    output = torch.randn(2, 3, 4, 4, generator=gen, requires_grad=True)
-    z, noise = (torch.randn(2, 3, 4, 4, generator=gen) for _ in range(2))
-    a, b = torch.full((2,), 0.3), torch.full((2,), 0.6)
-    step = ddim_step(output, z, a, b, 1.0, "v_prediction", noise=noise)
-    step.log_prob.sum().backward()  # z_prev is data: the score function, not the pathwise gradient
-    assert output.grad.abs().sum() > 0
+def test_the_gradient_is_the_score_functions(gen):
+    """z_prev is data: d log p / d mean = (z_prev - mean) / sigma^2, mean over C, H, W."""
+    mean_of, a, b = [], torch.full((2,), 0.3), torch.full((2,), 0.6)
+    z, output, noise = numbers(gen)
+    output.requires_grad_()
+    step = ddim_step(output, z, a, b, 1.0, "sample", noise=noise)
+    mean_of.append(step.mean)
+    step.mean.retain_grad()
+    step.log_prob.sum().backward()
+    sigma = step.sigma_t.view(-1, 1, 1, 1)
+    expected = (step.z_prev - step.mean) / sigma ** 2 / step.mean[0].numel()
+    torch.testing.assert_close(step.mean.grad, expected.detach())
 
 
-def test_missing_noise_and_unknown_type_are_errors():
-    z, half = torch.zeros(1, 3, 4, 4), torch.full((1,), 0.5)
-    with pytest.raises(ValueError, match="noise"):
-        ddim_step(z, z, half, half + 0.2, 1.0, "epsilon")
+def test_unknown_type_is_an_error():
+    z = torch.zeros(1, 3, 4, 4)
     with pytest.raises(ValueError, match="flow"):
-        predict_x0(z, z, half, "flow")
+        predict_x0(z, z, torch.full((1,), 0.5), "flow")
 
 
 def test_rollout_keeps_what_the_update_needs(tiny_restorer, gen):
-    restorer, lq = tiny_restorer(), torch.rand(2, 3, 16, 16, generator=gen) * 2 - 1
-    path = rollout(restorer, lq, 5, 1.0, gen)
-    assert path.z.shape == (6, 2, 3, 16, 16) and path.x0.shape == (5, 2, 3, 16, 16) and path.log_prob.shape == (5, 2)
-    assert path.stochastic.tolist() == [True] * 4 + [False] and (path.log_prob[-1] == 0).all()
-    for k in range(4):  # the ratio is exactly 1 before any update, and the gradient reaches the network
-        a, b = (x.expand(2) for x in path.alpha_bar[k])
-        step = ddim_step(restorer.predict(path.z[k], path.t[k].expand(2), lq), path.z[k], a, b, 1.0, "v_prediction",
-                         path.z[k + 1])
-        assert ((step.log_prob - path.log_prob[k]).exp() - 1).abs().max() <= 1e-5
-    step.log_prob.sum().backward()
-    assert sum(p.grad.abs().sum() for p in restorer.net.parameters() if p.grad is not None) > 0
-
-
-def test_list_of_generators_makes_a_sample_independent_of_its_batch(tiny_restorer, gen):
     restorer, lq = tiny_restorer(), torch.rand(3, 3, 16, 16, generator=gen) * 2 - 1
-    own = lambda: [torch.Generator().manual_seed(i) for i in range(3)]  # noqa: E731
-    whole = rollout(restorer, lq, 4, 1.0, own(), keep=False).z[-1]
-    alone = rollout(restorer, lq[2:], 4, 1.0, own()[2:], keep=False).z[-1]
-    torch.testing.assert_close(whole[2:], alone, rtol=1e-4, atol=1e-4)
-    assert normal((3, 2), own(), "cpu").shape == (3, 2)
+    times = []
+    predict = restorer.predict
+    restorer.predict = lambda z, t, c: times.append(t) or predict(z, t, c)
+    condition, noise = draw(restorer, lq, 5, gen)
+    path = rollout(restorer, condition, noise, 1.0)
+    assert torch.stack(times)[:, 0].tolist() == path.t.tolist() == [999, 799, 599, 399, 199]
+    assert path.z.shape == (6, 3, 3, 16, 16) and path.x0.shape == (5, 3, 3, 16, 16)
+    assert torch.equal(path.z[0], noise[0]) and path.stochastic == [0, 1, 2, 3]
+    assert (path.log_prob[-1] == 0).all()
+    for k in range(4):  # the same weights: the ratio is exactly 1, and the gradient gets through
+        step = replay(restorer, path, k, 1.0)
+        assert torch.equal(step.log_prob, path.log_prob[k])
+        assert torch.equal(step.mean + step.sigma_t.view(-1, 1, 1, 1) * noise[k + 1], path.z[k + 1])
+    step.log_prob.sum().backward()
+    assert all(p.grad is not None for p in restorer.weights())
 
 
-@pytest.mark.parametrize("length, tile, overlap", ((100, 40, 10), (64, 64, 16), (7, 32, 8), (65, 32, 31)))
+def test_a_part_of_the_noise_gives_a_part_of_the_samples(tiny_restorer, gen):
+    restorer, lq = tiny_restorer(), torch.rand(3, 3, 16, 16, generator=gen) * 2 - 1
+    condition, noise = draw(restorer, lq, 4, gen)
+    with torch.no_grad():
+        whole = rollout(restorer, condition, noise, 1.0).z[-1]
+        part = rollout(restorer, condition[1:], noise[:, 1:], 1.0).z[-1]
+    torch.testing.assert_close(whole[1:], part, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(noise[1, 0], noise[1, 1]) and not torch.allclose(noise[0], noise[1])
+
+
+@pytest.mark.parametrize("length, tile, overlap", ((100, 40, 10), (64, 64, 16), (7, 32, 8),
+                                                   (65, 32, 31)))
 def test_tiles_cover_everything(length, tile, overlap):
     starts = tile_starts(length, tile, overlap)
     covered = {i for s in starts for i in range(s, min(s + tile, length))}
-    assert covered == set(range(length)) and all(s >= 0 and s + min(tile, length) <= length for s in starts)
+    assert covered == set(range(length)) and starts[-1] + min(tile, length) == length
     assert all(b - a <= tile - overlap for a, b in zip(starts, starts[1:]))
 
 
-def test_small_tiles_overlap_by_half_of_their_side_at_most(tiny_restorer, gen):
-    lq, restorer, calls = torch.rand(1, 3, 64, 64, generator=gen), tiny_restorer(), []
-    predict = restorer.predict
-    restorer.predict = lambda *inputs: calls.append(len(inputs[0])) or predict(*inputs)
-    restore(restorer, lq, 1, 1.0, gen, tile=32, overlap=31)
-    assert sum(calls) == 9  # 3 x 3; with an overlap of 31, 33 x 33
-
-
-@pytest.mark.parametrize("tile, overlap", ((32, 8), (30, 7), (4, 0), (100, 99)))
-def test_any_tile_size_works(tile, overlap, tiny_restorer, gen):
-    lq = torch.rand(1, 3, 48, 40, generator=gen) * 2 - 1
-    assert restore(tiny_restorer(), lq, 2, 1.0, gen, tile=tile, overlap=overlap).isfinite().all()
+def test_tiles_of_a_local_network_give_the_whole(tiny_restorer, gen):
+    """A network that looks at one pixel alone: blending its tiles changes nothing."""
+    restorer, lq = tiny_restorer(), torch.rand(1, 3, 72, 88, generator=gen) * 2 - 1
+    restorer.predict = lambda z, t, c: 0.3 * z - 0.2 * c
+    whole, tiled = (restore(restorer, lq, 3, 1.0, torch.Generator().manual_seed(1), tile)
+                    for tile in (256, 40))
+    torch.testing.assert_close(whole, tiled, rtol=1e-4, atol=1e-4)
+    assert ramp(5).tolist() == [1, 2, 3, 2, 1]
 
 
 @pytest.mark.parametrize("height, width", ((16, 16), (19, 33), (3, 5), (70, 41)))
 def test_restore_any_size(height, width, tiny_restorer, gen):
     lq = torch.rand(1, 3, height, width, generator=gen) * 2 - 1
-    out = restore(tiny_restorer(), lq, 3, 1.0, gen, tile=32, overlap=8)
+    out = restore(tiny_restorer(), lq, 3, 1.0, gen, tile=32)
     assert out.shape == lq.shape and out.isfinite().all() and out.abs().max() <= 1
+
+
+def test_no_input_is_written_over(tmp_path):
+    album = tmp_path / "album"
+    for name in ("a.png", "sub/a.png", "b.png"):
+        write_image(album / name, torch.zeros(3, 8, 8))
+    found = targets([album], tmp_path / "out")
+    assert [str(t.relative_to(tmp_path / "out")) for _, t in found] == ["a.png", "b.png", "sub/a.png"]
+    for inputs, out in (([album], album), ([album], album / "out"), ([album / "a.png"], album),
+                        ([album / "a.png", album / "sub/a.png"], tmp_path / "out"),
+                        ([tmp_path / "none"], tmp_path / "out"), ([], tmp_path / "out")):
+        with pytest.raises(UserError):
+            targets(inputs, out)
+    write_image(tmp_path / "out/b.png", torch.zeros(3, 8, 8))
+    with pytest.raises(UserError, match="b.png"):
+        targets([album], tmp_path / "out")
