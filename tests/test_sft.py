@@ -1,133 +1,139 @@
-"""The diffusion loss, the schedule of the learning rate, and a resumed SFT run."""
+"""The diffusion loss, the learning rate, the average, and a resumed SFT run."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
+import sft
 from sample import predict_x0
-from sft import Config, add_noise, diffusion_loss, one_cycle, sft_loss, train
+from sft import (Config, add_noise, diffusion_loss, draw_noise, learning_rate, target_of, train,
+                 update_average)
 from utils import UserError
+
+
+class Fake:
+    """A restorer whose network says what it is told, and remembers what it was asked."""
+
+    def __init__(self, kind="epsilon"):
+        from diffusers import DDIMScheduler
+        self.scheduler = DDIMScheduler(prediction_type=kind)
+        self.answer = None
+
+    def predict(self, z_t, t, condition):
+        self.asked = z_t, t, condition
+        return self.answer
+
+    def latent_shape(self, lq):
+        return lq.shape
 
 
 @pytest.mark.parametrize("kind", ("epsilon", "sample", "v_prediction"))
 def test_loss_is_zero_at_the_output_that_recovers_z0(kind, gen):
-    """The output whose x0 prediction is z0 itself, found through the sampler's own algebra, has no loss."""
-    z0, eps = (torch.randn(4, 3, 8, 8, generator=gen) for _ in range(2))
-    a = torch.rand(4, generator=gen) * 0.9 + 0.05
+    """That output is found through the sampler's own algebra."""
+    z0, eps = torch.randn(2, 4, 3, 8, 8, generator=gen)
+    restorer, t = Fake(kind), torch.tensor([10, 300, 600, 900])
+    a = restorer.scheduler.alphas_cumprod[t]
     z_t, wide = add_noise(z0, eps, a), a.view(-1, 1, 1, 1)
-    output = {"epsilon": eps, "sample": z0, "v_prediction": (wide.sqrt() * z_t - z0) / (1 - wide).sqrt()}[kind]
-    torch.testing.assert_close(predict_x0(output, z_t, a, kind)[0], z0, rtol=1e-4, atol=1e-4)
-    assert diffusion_loss(output, z0, eps, a, kind).abs().max() < 1e-9
-    worse = diffusion_loss(output + 0.1, z0, eps, a, kind)
-    torch.testing.assert_close(worse, torch.full((4,), 0.01))
-
-
-def test_vectorised_loss_equals_a_loop(gen):
-    z0, eps, output = (torch.randn(3, 3, 4, 4, generator=gen) for _ in range(3))
-    a = torch.tensor([0.1, 0.5, 0.9])
-    together = diffusion_loss(output, z0, eps, a, "v_prediction")
-    for i in range(3):
-        v = a[i].sqrt() * eps[i] - (1 - a[i]).sqrt() * z0[i]
-        torch.testing.assert_close(together[i], ((output[i] - v) ** 2).mean())
+    torch.testing.assert_close(z_t, wide.sqrt() * z0 + (1 - wide).sqrt() * eps)
+    restorer.answer = {"epsilon": eps, "sample": z0,
+                       "v_prediction": (wide.sqrt() * z_t - z0) / (1 - wide).sqrt()}[kind]
+    x0, _ = predict_x0(restorer.answer, z_t, a, kind)
+    torch.testing.assert_close(x0, z0, rtol=1e-4, atol=1e-4)
+    assert diffusion_loss(restorer, z0, "seen", t, eps).abs().max() < 1e-8
+    assert torch.equal(restorer.asked[0], z_t) and torch.equal(restorer.asked[1], t)
+    assert restorer.asked[2] == "seen"
+    restorer.answer = restorer.answer + torch.tensor([0.1, 0.2, 0.3, 0.4]).view(-1, 1, 1, 1)
+    worse = diffusion_loss(restorer, z0, "seen", t, eps)
+    torch.testing.assert_close(worse, torch.tensor([0.01, 0.04, 0.09, 0.16]), rtol=1e-3, atol=1e-5)
 
 
 def test_unknown_prediction_type_is_an_error():
     x = torch.zeros(1, 3, 2, 2)
     with pytest.raises(ValueError, match="flow"):
-        diffusion_loss(x, x, x, torch.ones(1), "flow")
+        target_of(x, x, torch.ones(1), "flow")
 
 
-def test_loss_per_sample_falls_on_one_batch(tiny_restorer, gen):
+def test_times_are_one_from_each_slice_in_random_order(gen):
+    t, eps = draw_noise(Fake(), torch.zeros(10, 3, 4, 4), gen)
+    assert sorted(x // 100 for x in t.tolist()) == list(range(10)) and t.tolist() != sorted(t)
+    assert eps.shape == (10, 3, 4, 4) and abs(eps.std() - 1) < 0.1
+
+
+def test_learning_rate_rises_then_falls_to_its_floor():
+    rates = [learning_rate(i, 100, 2.0, 10, 0.3) for i in range(101)]
+    assert rates[0] == pytest.approx(0.2, rel=0.01) and max(rates) == rates[9] < 2.0
+    assert rates[50] == pytest.approx(1.3) and rates[100] == pytest.approx(0.6)
+
+
+def test_average_moves_by_one_minus_its_decay(tiny_restorer):
+    restorer = tiny_restorer()
+    average = restorer.frozen_copy()
+    before = average.weights()[0].clone()
+    with torch.no_grad():
+        restorer.weights()[0] += 1.0
+    update_average(average, restorer, 0.9)
+    torch.testing.assert_close(average.weights()[0], before + 0.1)
+
+
+def test_loss_falls_on_one_batch(tiny_restorer, gen):
     restorer = tiny_restorer()
     hq = torch.rand(8, 3, 16, 16, generator=gen) * 2 - 1
     lq = hq.roll(1, 3)
-    optimizer = torch.optim.Adam(restorer.net.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(restorer.weights(), lr=3e-3)
     losses = []
     for _ in range(60):
-        loss = sft_loss(restorer, lq, hq, gen)
-        assert loss.shape == (8,)
-        optimizer.zero_grad(), loss.mean().backward(), optimizer.step()
-        losses.append(loss.mean().item())
+        t, eps = draw_noise(restorer, lq, gen)
+        loss = diffusion_loss(restorer, restorer.encode(hq, lq), lq, t, eps).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
-def test_one_cycle_rises_to_its_peak_and_ends_near_zero():
-    rates = [one_cycle(i, 100, 1.0) for i in range(100)]
-    assert rates[0] == pytest.approx(1 / 25) and max(rates) == rates[10] == pytest.approx(1)
-    assert rates[-1] < 0.01 and all(a <= b for a, b in zip(rates[:10], rates[1:11]))
-
-
-def test_resumed_training_equals_unstopped(tmp_path, tiny_restorer, photo_folder):
+@pytest.fixture
+def run(tmp_path, tiny_restorer, photo_folder, monkeypatch):
+    """Six steps of training on 32 pixels with a checkpoint every third."""
     tiny_restorer().save(tmp_path / "start")
-    run = lambda out, steps, **more: train(Config(  # noqa: E731
-        model=str(tmp_path / "start"), data=str(photo_folder), out=str(tmp_path / out), steps=6, batch=2, size=32,
-        save_every=3, device="cpu", **more)) if steps == 6 else None
-    run("whole", 6)
-    whole = (tmp_path / "whole/model/unet/diffusion_pytorch_model.safetensors").read_bytes()
-    # stop the second run after its first checkpoint, as a crash would
-    import sft
-    original, calls = sft.sft_loss, []
+    monkeypatch.setattr(sft, "SAVE_EVERY", 3)
+
+    def start(out, **changes):
+        cfg = Config(model=str(tmp_path / "start"), data=str(photo_folder), steps=6, batch=4,
+                     size=32, out=str(tmp_path / out))
+        train(replace(cfg, **changes))
+        return tmp_path / out
+    return start
+
+
+def weights(folder):
+    return (folder / "model/unet/diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def test_resumed_training_equals_unstopped_and_workers_change_nothing(run, monkeypatch):
+    whole = run("whole", workers=1)
+    original, calls = sft.diffusion_loss, []
 
     def crash_at_fifth(*args):
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
         return original(*args)
-    sft.sft_loss = crash_at_fifth
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run("stopped", 6)
-    finally:
-        sft.sft_loss = original
-    run("stopped", 6, resume=True)
-    assert (tmp_path / "stopped/model/unet/diffusion_pytorch_model.safetensors").read_bytes() == whole
-    assert (tmp_path / "whole/before_after.png").stat().st_size > 1000
+    monkeypatch.setattr(sft, "diffusion_loss", crash_at_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped")
+    monkeypatch.setattr(sft, "diffusion_loss", original)
+    assert weights(run("stopped", resume=True)) == weights(whole) != weights(run("other", seed=1))
+    assert (whole / "before_after.png").stat().st_size > 1000
+    with pytest.raises(UserError, match="--out"):
+        run("whole")
+    with pytest.raises(UserError, match="--batch 4"):
+        run("stopped", resume=True, batch=8)
 
 
-def test_training_on_pairs_does_not_depend_on_workers(tmp_path, tiny_restorer, photo_folder):
-    from data import degrade_sr, list_images
-    from utils import read_image, write_image
-    for path in list_images(photo_folder):
-        write_image(tmp_path / "lq" / path.name, degrade_sr(read_image(path)[None])[0][0])
-    tiny_restorer().save(tmp_path / "start")
-    weights = []
-    for workers in (0, 2):
-        out = tmp_path / f"out{workers}"
-        train(Config(model=str(tmp_path / "start"), lq=str(tmp_path / "lq"), hq=str(photo_folder), out=str(out), steps=3,
-                     batch=2, size=32, device="cpu", workers=workers, per_pair=2))
-        weights.append((out / "model/unet/diffusion_pytorch_model.safetensors").read_bytes())
-    assert weights[0] == weights[1]
-    with pytest.raises(UserError, match="--recolor 0.5"):
-        train(Config(model=str(tmp_path / "start"), lq=str(tmp_path / "lq"), hq=str(photo_folder), device="cpu",
-                     out=str(tmp_path / "no"), recolor=0.5))
-
-
-def test_photographs_through_workers_make_a_model_and_a_bad_folder_is_named(tmp_path, tiny_restorer, photo_folder):
-    tiny_restorer().save(tmp_path / "start")
-    train(Config(task="mixed", model=str(tmp_path / "start"), data=str(photo_folder), out=str(tmp_path / "a"), steps=2,
-                 batch=2, size=32, device="cpu", workers=1, recolor=0.5))
-    assert '"task": "mixed"' in (tmp_path / "a/model/restorer.json").read_text()
-    with pytest.raises(UserError, match="--recolor 1.5"):
-        train(Config(data=str(photo_folder), recolor=1.5, out=str(tmp_path / "b"), device="cpu"))
-    with pytest.raises(UserError, match="--hq"):
-        train(Config(lq=str(photo_folder), out=str(tmp_path / "b"), device="cpu"))
-
-
-def test_a_new_restorer_has_the_channels_asked_for_and_latents_of_unit_variance(tmp_path, photo_folder):
-    from data import get_task, photographs, random_crops
-    from model import load
-    common = dict(data=str(photo_folder), channels="8,16", steps=2, batch=2, size=32, device="cpu")
-    for task, given, expected in (("jpeg", 0.0, None), ("sr", 3.0, 3.0)):
-        train(Config(task=task, residual_scale=given, out=str(tmp_path / task), **common))
-        restorer = load(str(tmp_path / task / "model"))
-        assert list(restorer.net.config.block_out_channels) == [8, 16] and restorer.multiple == 4
-        if expected:
-            assert restorer.settings["residual_scale"] == expected
-        else:
-            hq = random_crops(photographs("train", str(photo_folder)), 256, 32, torch.Generator().manual_seed(9))
-            lq = get_task(task)(hq, torch.Generator().manual_seed(9))[0]
-            assert 0.8 < restorer.encode(hq, lq).std() < 1.25
-    for channels in ("8,x", "12", "", "4"):
-        with pytest.raises(UserError, match="--channels"):
-            train(Config(out=str(tmp_path / "bad"), **common | {"channels": channels}))
-    with pytest.raises(UserError, match="--channels"):  # a saved restorer has its own
-        train(Config(out=str(tmp_path / "bad"), model=str(tmp_path / "sr/model"), **common))
+def test_parts_of_a_batch_add_up_and_bad_numbers_are_named(run):
+    run("parts", accumulate=2)
+    with pytest.raises(UserError, match="--batch 4"):
+        run("uneven", accumulate=3)
+    with pytest.raises(UserError, match="--lr"):
+        run("high", lr=float("inf"))

@@ -1,0 +1,48 @@
+"""The judge's own gradient through the whole chain, instead of the policy gradient. A warning.
+
+  L_RL,i = -M(restored_i),  differentiated through judge, decoder and all steps
+as DRaFT does (Clark et al. 2024, arXiv 2309.17400). It has no noise of the policy gradient, so it
+reaches far higher scores of the judge in the same time, and finds what fools it just as fast: look
+at the metrics that nobody here trained (results/README.md) before you believe the judge.
+
+    python examples/reward_gradient.py --task sr --iterations 12 --lr 1e-4 --views 1 --out runs/fooled
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import reward  # noqa: E402
+import rl  # noqa: E402
+from sample import rollout  # noqa: E402
+from sft import diffusion_loss  # noqa: E402
+from utils import UserError, parse, run_main  # noqa: E402
+
+
+def make_step_loss(judge):
+    """step_loss for rl.train; judge.scores must let gradients through (level-word judges do)."""
+    judge.model.requires_grad_(False)
+
+    def step_loss(restorer, reference, batch, k, cfg):
+        path, w = batch["path"], batch["weight"]
+        # the same chain by the present weights; every step keeps its activations
+        z = rollout(restorer, path.condition, batch["noise"], cfg.eta).z[-1]
+        score = judge.scores(restorer.decode(z, batch["lq"]))
+                sft = diffusion_loss(restorer, batch["z0"], path.condition, batch["t"], batch["eps"])
+        terms = {"rl": -(w * score).mean(), "sft": ((1 - w) * cfg.sft_coef * sft).mean()}
+        return sum(terms.values()), {"terms": terms, "rl_loss": -score.mean(),
+                                     "sft_loss": sft.mean()}
+    return step_loss
+
+
+def main():
+    cfg = parse(rl.Config)
+    judge = reward.load(cfg.reward)
+    if not hasattr(judge, "scores"):
+        raise UserError(f"--reward {cfg.reward}: has no gradient; take a judge by level words")
+    rl.train(cfg, make_step_loss(judge))
+
+
+if __name__ == "__main__":
+    run_main(main)
