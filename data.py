@@ -7,17 +7,16 @@ in its function, with the source: x, y are hq and lq in [0, 1], s the severity, 
 Pairs of files are two folders and --match, how the names of lq and hq belong together:
   same        the same path without ending
   prefix      hq is named as lq up to the first "_": 1400_1.png -> 1400.png
-  suffix:A,B  lq ends with A, hq with B, also in one folder: suffix:_LR4,_HR or suffix:x4,
+  suffix:A,B  lq ends with A, hq with B, also in one folder: suffix:_LR4,_HR or suffix:x4
   start:A,B   lq starts with A, hq with B: start:rain-,norain-
 
 Chosen here (the paper trains on DIV2K and the like; a laptop should need no download):
  1. Photographs come inside the wheels of scikit-image, matplotlib and pyiqa; `test`, for tables
     only, are five references of TID2013 (Ponomarenko et al. 2015).
- 2. A folder is split by a hash of each name, so that one photograph more moves no other one: 10 %
-    test, 10 % val. Subfolders train, val and test, if all are there, are the split instead.
+ 2. A hash of each name splits a folder, so that one photograph more moves no other one: 10 % test,
+    10 % val. Subfolders train, val and test, if all are there, are the split instead.
  3. Training crops are shrunk by 1, 2 or 3: more scales, and the JPEG blocks of sources vanish.
- 4. Crops without detail teach nothing and are drawn again; held-out crops have fine detail.
- 5. lq has 8 bits as a file has; a smaller lq is enlarged bicubically to the size of hq.
+ 4. Flat crops teach nothing and are drawn again. lq has 8 bits, as a file has.
 
     python data.py --task derain                           # laptop: writes runs/data/derain.png
     python data.py --task sr --data DIV2K_HR --size 256    # full scale: decodes every file, too
@@ -26,13 +25,14 @@ Chosen here (the paper trains on DIV2K and the like; a laptop should need no dow
 import hashlib
 import io
 import math
+import re
 import sys
 import unicodedata
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
+from itertools import zip_longest
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -46,18 +46,13 @@ progress = partial(tqdm, delay=2, leave=False)  # a bar only for what takes long
 
 # ---- degradations, to be copied; x, y: (B, 3, H, W) in [0, 1], s: (B, 1, 1, 1), on the CPU ----
 
-def round_8bit(images):
-    """Clamps to [-1, 1] and rounds to the 256 levels of a file; any shape."""
-    return ((images.clamp(-1, 1) * 127.5 + 127.5).round() - 127.5) / 127.5
-
-
 def degrade(formula, hq, generator=None, severity=None):
     """hq (B, 3, H, W) in [-1, 1] -> lq alike, of 8 bits, and severity (B,), uniform if None."""
     shape = (len(hq), 1, 1, 1)
     fixed = severity is not None
     s = torch.full(shape, severity) if fixed else torch.rand(shape, generator=generator)
-    y = formula((hq.cpu().clamp(-1, 1) + 1) / 2, s, generator)
-    return round_8bit(y * 2 - 1).to(hq.device), s.flatten().to(hq.device)
+    y = formula((hq.clamp(-1, 1) + 1) / 2, s, generator)
+    return utils.to_uint8(y * 2 - 1).float() / 127.5 - 1, s.flatten()
 
 
 def resize(images, size, mode="bicubic"):
@@ -86,7 +81,6 @@ def filter2d(x, kernels):
 
 def gaussian_kernels(along, across, angle, side):
     """exp(-(u / along)^2 / 2 - (v / across)^2 / 2), sum 1; (B, 1, 1, 1) -> (B, 1, side, side).
-
     along, across: standard deviations in pixels; angle: of the axis u, in radians."""
     x = torch.arange(side) - side // 2.0
     u = (x * angle.cos() + x[:, None] * angle.sin()) / along
@@ -97,7 +91,6 @@ def gaussian_kernels(along, across, angle, side):
 
 def motion_kernels(length, generator, side, points=48):
     """A camera that wanders `length` (B, 1, 1, 1) pixels, turning -> (B, 1, side, side), sum 1.
-
     The trajectories of Boracchi and Foi 2012 and DeblurGAN (arXiv 1711.07064) without shakes."""
     count = len(length)
     bend = 0.25 * torch.rand(count, 1, generator=generator)  # radians per step
@@ -113,9 +106,9 @@ def motion_kernels(length, generator, side, points=48):
 
 def jpeg(image, quality):
     """(3, H, W) in [-1, 1] -> the same after JPEG with 4:2:0 chroma by PIL, quality 1 to 95."""
-    pixels, buffer = utils.to_uint8(image).permute(1, 2, 0).numpy(), io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=int(quality))
-    return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1).float() / 127.5 - 1
+    pixels, file = utils.to_uint8(image).permute(1, 2, 0).numpy(), io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=int(quality))
+    return utils.read_image(file)
 
 
 def add_noise(x, s, generator):
@@ -125,7 +118,6 @@ def add_noise(x, s, generator):
 
 def blur(x, s, generator):
     """y = k * x; half of the k are Gaussian, half are motion over 3 + 17 s pixels.
-
     Gaussian: sigma 0.6 + 2.4 s pixels along, 0.4 to 1 of it across (SRMD, arXiv 1712.06116)."""
     ratio, angle = uniform(s, 0.4, 1, generator), uniform(s, 0, math.pi, generator)
     still = gaussian_kernels(0.6 + 2.4 * s, (0.6 + 2.4 * s) * ratio, angle, 25)
@@ -141,7 +133,6 @@ def compress(x, s, generator):
 
 def add_rain(x, s, generator):
     """y = x + b min(1, sum_i S_i), b = 0.25 + 0.5 s (Yang et al. 2017, arXiv 1609.07769).
-
     1 + round(4 s) layers S_i of one angle each, up to 35 degrees from the vertical: pixels of
     probability 0.001 + 0.004 s, smeared to streaks of 12 to 28 pixels (4 sigma)."""
     rain = torch.zeros(1)
@@ -158,7 +149,6 @@ def add_rain(x, s, generator):
 
 def add_haze(x, s, generator):
     """y = x t + A (1 - t), t = exp(-beta d), beta = 0.5 + 2 s (Narasimhan and Nayar 2002).
-
     A in [0.7, 1], grey, as in RESIDE (arXiv 1712.04143). The depth d in [0.2, 1] is smooth: 4 x 4
     random values, farther towards the top, enlarged bicubically."""
     light = uniform(s, 0.7, 1, generator)
@@ -193,11 +183,10 @@ def damage_once(x, s, generator, sigma, side, shrink, noise):
 
 
 def damage(x, s, generator):
-    """Blur, resize, noise and JPEG, twice: Real-ESRGAN (arXiv 2107.10833, sec. 3), no sinc filter.
-
+    """Blur, resize, noise and JPEG, twice, then back: Real-ESRGAN (arXiv 2107.10833) without sinc.
     Uniform up to: sigma of the blur 0.2 + (2.8, then 1.3) s; size from 1.2 to 1 / (1 + (2, then 1)
     s), in log; noise (1 + (29, then 24) s) / 255, half of it shot noise, 40 % grey; JPEG 95 - 65 s.
-    Then bicubically back."""
+    """
     images = []
     for image, strength in zip(x.split(1), s.flatten().tolist()):
         for bounds in ((2.8, 21, 2, 29), (1.3, 11, 1, 24)):
@@ -207,14 +196,13 @@ def damage(x, s, generator):
 
 
 def degrade_sr(hq, generator=None, scale=4):
-    """lq = up(round_8bit(down(hq))), bicubic with antialias, severity (scale - 1) / 3, not random.
-
-    The "bicubic" of DIV2K (Agustsson and Timofte 2017); odd sizes are padded by reflection."""
+    """lq = up(down(hq)), bicubic, as DIV2K has it (Agustsson and Timofte 2017); small: 8 bits.
+    Severity (scale - 1) / 3, not random. Odd sizes are padded by reflection."""
     height, width = hq.shape[2:]
     x = F.pad(hq, (0, -width % scale, 0, -height % scale), mode="reflect")
-    small = round_8bit(resize(x, (x.shape[2] // scale, x.shape[3] // scale)))
-    lq = resize(small, x.shape[2:]).clamp(-1, 1)[..., :height, :width]
-    return lq, torch.full((len(hq),), (scale - 1) / 3, device=hq.device)
+    small = utils.to_uint8(resize(x, [side // scale for side in x.shape[2:]]))
+    lq = resize(small.float() / 127.5 - 1, x.shape[2:]).clamp(-1, 1)[..., :height, :width]
+    return lq, torch.full((len(hq),), (scale - 1) / 3)
 
 
 def degrade_mixed(hq, generator=None):
@@ -258,22 +246,10 @@ SHIPPED = {  # both motorcycles are one scene
 }
 
 
-@lru_cache(16)  # the latest images stay decoded
-def decode(lq, hq):
-    """Paths, lq may be None -> uint8 (3, H, W) each. A smaller lq is enlarged to the size of hq,
-    which loses the rows and columns that lq has no pixel for."""
-    shrink = 2 if hq.parent.name in FOLDERS[3] else 1  # large JPEGs, whose blocks vanish
-    hq = F.avg_pool2d(utils.read_image(hq), shrink)
-    if lq is None:
-        return None, utils.to_uint8(hq)
-    lq = utils.read_image(lq)
-    height, width = (hq.shape[1] // lq.shape[1] * side for side in lq.shape[1:])
-    lq = resize(lq[None], (height, width))[0]
-    return utils.to_uint8(lq), utils.to_uint8(hq[:, :height, :width])
-
-
 class Source:
-    """source[i] -> (lq or None, hq), uint8 (3, H, W), decoded when asked for; paths[i] alike."""
+    """source[i] -> (lq or None, hq), uint8 (3, H, W), decoded when asked for; paths[i] alike.
+
+    A smaller lq is enlarged to the size of hq, which loses rows and columns that lq lacks."""
 
     def __init__(self, files):
         self.names = [name for name, _, _ in files]
@@ -282,17 +258,26 @@ class Source:
     def __len__(self):
         return len(self.paths)
 
+    @lru_cache(16)  # the latest images stay decoded
     def __getitem__(self, index):
-        return decode(*self.paths[index])
+        lq, hq = self.paths[index]
+        shrink = 2 if hq.parent.name in FOLDERS[3] else 1  # large JPEGs, whose blocks vanish
+        hq = F.avg_pool2d(utils.read_image(hq), shrink)
+        if lq is None:
+            return None, utils.to_uint8(hq)
+        lq = utils.read_image(lq)
+        height, width = (hq.shape[1] // lq.shape[1] * side for side in lq.shape[1:])
+        lq = resize(lq[None], (height, width))[0]
+        return utils.to_uint8(lq), utils.to_uint8(hq[:, :height, :width])
 
 
 def shipped(split):
-    """Source of the photographs inside the packages; split: train, val, test or all."""
+    """Source of the photographs inside the packages."""
     names = " ".join(SHIPPED.values()) if split == "all" else SHIPPED[split]
     files = []
     for name in names.split():
         places = [Path(home, folder, name) for home in sys.path for folder in FOLDERS]
-        path = next((place for place in places if place.exists()), None)
+        path = next(filter(Path.exists, places), None)
         if path is None:
             raise utils.UserError(f"{name}: missing; install requirements.txt, or use --data DIR")
         files.append((path.stem, None, path))
@@ -313,32 +298,28 @@ def named_images(folder, flag):
     return found
 
 
-def shared_name(name, kind, part):
-    """What the names of lq and hq have in common, None if `name` does not fit; see the header."""
-    folder, _, stem = name.rpartition("/")
-    if kind == "prefix":
-        return folder, stem.split(part)[0] if part else stem
-    if kind == "start":
-        return (folder, stem.removeprefix(part)) if stem.startswith(part) else None
-    return (folder, stem.removesuffix(part)) if stem.endswith(part) else None
-
-
 @cache  # the three splits of two folders list them once, and say once what has no partner
 def match_pairs(lq, hq, match):
     """Two folders and a rule -> [(name of hq, lq path, hq path)]; one hq may serve several lq."""
-    kind, _, parts = {"same": "suffix:,", "prefix": "prefix:_,"}.get(match, match).partition(":")
-    if kind not in ("prefix", "suffix", "start") or parts.count(",") != 1:
+    kind, _, parts = unicodedata.normalize("NFC", match).partition(":")
+    low, _, high = map(re.escape, parts.partition(","))
+    rules = {  # of the names of lq and hq; those belong together whose groups are equal
+        "same": ("(.*)", "(.*)"),
+        "prefix": ("(.*/|)([^/_]*)(?:_[^/]*)?", "(.*/|)([^/]*)"),
+        "suffix": (f"(.*){low}", f"(.*){high}"),
+        "start": (f"(.*/|){low}([^/]*)", f"(.*/|){high}([^/]*)"),
+    }
+    if kind not in rules:
         raise utils.UserError(f"--match {match}: use same, prefix, suffix:LQ,HQ or start:LQ,HQ")
-    lq_part, hq_part = unicodedata.normalize("NFC", parts).split(",")
     lq_images, hq_images = named_images(lq, "--lq"), named_images(hq, "--hq")
-    partners = {shared_name(name, kind, hq_part): name for name in hq_images}
-    pairs = []
-    for name, path in lq_images.items():
-        key = shared_name(name, kind, lq_part)
-        if key is not None and key in partners:
-            pairs.append((partners[key], path, hq_images[partners[key]]))
-    if any(low.samefile(high) for _, low, high in pairs):
-        raise utils.UserError(f"--lq {lq}, --hq {hq}: one folder needs --match suffix:LQ,HQ")
+    lq_rule, hq_rule = map(re.compile, rules[kind])
+    partners, pairs = {}, []
+    for found in filter(None, map(hq_rule.fullmatch, hq_images)):
+        partners[found.groups()] = found[0]
+    for found in filter(None, map(lq_rule.fullmatch, lq_images)):
+        path, partner = lq_images[found[0]], partners.get(found.groups())
+        if partner and not path.samefile(hq_images[partner]):
+            pairs.append((partner, path, hq_images[partner]))
     used = {path for pair in pairs for path in pair[1:]}
     alone = sorted({*lq_images.values(), *hq_images.values()} - used)
     note = f"{len(pairs)} pairs by --match {match}, {len(alone)} files without a partner"
@@ -350,13 +331,11 @@ def match_pairs(lq, hq, match):
 
 
 def check_fit(lq, hq):
-    """Raises UserError unless hq / lq is an integer, up to rows and columns that lq lacks."""
-    sizes = []
-    for path in (lq, hq):  # headers only; getexif would decode a PNG that has no such entry
-        with Image.open(path) as image:
-            exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
-            sizes += image.size[::-1] if exif.get(0x0112, 1) >= 5 else image.size  # a quarter turn
-    w, h, width, height = sizes
+    """Raises UserError unless hq / lq is an integer, up to rows and columns that lq lacks.
+
+    Reads headers only; so lq and hq must be turned alike, by EXIF or not."""
+    with Image.open(lq) as low, Image.open(hq) as high:
+        (w, h), (width, height) = low.size, high.size
     factor = height // h
     if not factor or height - factor * h >= factor or not 0 <= width - factor * w < factor:
         raise utils.UserError(f"{lq} ({w} x {h}), {hq} ({width} x {height}): sizes do not fit; lq "
@@ -371,9 +350,7 @@ def split_of(name):
 
 
 def open_split(cfg, split):
-    """The Source of "train", "val", "test" or "all" that cfg.data, lq, hq and match ask for.
-
-    Raises UserError for missing folders, an empty split, and pairs that misfit."""
+    """The Source of "train", "val", "test" or "all" that cfg.data, lq, hq and match ask for."""
     if bool(cfg.lq) != bool(cfg.hq) or (cfg.lq and cfg.data):
         raise utils.UserError("--lq, --hq: give both folders, and no --data")
     home = cfg.data or cfg.hq
@@ -416,10 +393,10 @@ class Crops(Dataset):
             index = draw(len(self.source))
             images = [image for image in self.source[index] if image is not None]
             height, width = images[-1].shape[1:]
-            if min(height, width) < self.size:
+            largest = min(height, width) // self.size
+            if largest == 0:
                 raise utils.UserError(f"{self.source.paths[index][1]}: {width} x {height} is less "
                                       f"than a crop of {self.size}; lower --size or remove it")
-            largest = min(height, width) // self.size
             shrink = min((1, 1, 2, 3)[draw(4)], largest) if len(images) == 1 else 1
             side = self.size * shrink
             top, left = draw(height - side + 1), draw(width - side + 1)
@@ -428,10 +405,10 @@ class Crops(Dataset):
                 break
         crops = torch.rot90(F.avg_pool2d(crops, shrink) / 127.5 - 1, draw(4), (2, 3))
         crops = crops.flip(3) if draw(2) else crops
-        if len(crops) == 2:
-            return crops[0], crops[1]
-        generator = utils.generator(self.seed, 6, self.start + item)
-        return self.degrade(crops, generator)[0][0], crops[0]
+        if len(crops) == 1:
+            generator = utils.generator(self.seed, 6, self.start + item)
+            crops = torch.cat([self.degrade(crops, generator)[0], crops])
+        return crops[0], crops[1]
 
 
 def pool(source, degrade, size, seed, count, workers=0):
@@ -456,14 +433,14 @@ def held_out(source, degrade, size, count):
         return *pool(source, degrade, size, 0, count), [f"crop {i}" for i in range(count)]
     columns, generator = [], utils.generator(0, 3)
     for index in progress(range(0, len(source), -(-len(source) // 32)), "decoding"):
-        found = []
-        for y, row in enumerate(source[index][1].split(size, 1)):
-            for x, crop in enumerate(row.split(size, 2)):
-                if crop.shape[1:] == (size, size) and fine_detail(crop) >= 0.03:
-                    found.append((crop, f"{source.names[index]}@{y * size},{x * size}"))
+        found, photograph = [], source[index][1]
+        for y in range(0, photograph.shape[1] - size + 1, size):
+            for x in range(0, photograph.shape[2] - size + 1, size):
+                crop = photograph[:, y:y + size, x:x + size]
+                if fine_detail(crop) >= 0.03:
+                    found.append((crop, f"{source.names[index]}@{y},{x}"))
         columns.append([found[i] for i in torch.randperm(len(found), generator=generator)])
-    turns = range(max(map(len, columns)))
-    chosen = [column[turn] for turn in turns for column in columns if turn < len(column)][:count]
+    chosen = [crop for turn in zip_longest(*columns) for crop in turn if crop][:count]
     if not chosen:
         raise utils.UserError(f"--size {size}: no held-out crop has detail; lower it or add images")
     hq = torch.stack([crop for crop, _ in chosen]).float() / 127.5 - 1
@@ -487,15 +464,11 @@ class Config:
     lq: str = utils.option("", "folder of low-quality images, with --hq: pairs instead of a task")
     hq: str = utils.option("", "folder of their ground truth")
     match: str = utils.option("same", "same, prefix, suffix:LQ,HQ or start:LQ,HQ")
-    out: str = utils.option("", "picture to write, a new file; empty: runs/data/TASK.png")
     size: int = utils.option(64, "side of a crop in pixels", least=16)
 
 
 def main():
     cfg, bad = utils.parse(Config), 0
-    out = Path(cfg.out or f"runs/data/{'pairs' if cfg.lq else cfg.task}.png")
-    if cfg.out and out.exists():
-        raise utils.UserError(f"--out {out}: is there already; choose another name")
     source = open_split(cfg, "all" if cfg.data or cfg.lq else "train")
     for index in progress(range(len(source)), "decoding"):
         try:
@@ -506,6 +479,7 @@ def main():
     if bad:
         raise utils.UserError(f"{bad} of {len(source)} images cannot be read")
     crops = pool(source, get_task(cfg.task), cfg.size, 0, 8)
+    out = f"runs/data/{'pairs' if cfg.lq else cfg.task}.png"
     utils.write_image(out, torch.cat([torch.cat([*images], 2) for images in crops], 1))
     print(f"wrote {out}")
 

@@ -59,12 +59,14 @@ def color_step(images, refs=None):
 
 def on_tiles(judge, side=64):
     """A judge of larger images: the mean of its scores over disjoint tiles, centred."""
-    def mean(images, refs=None):
-        edge = min(side, *images.shape[2:])
-        top, left = (length % edge // 2 for length in images.shape[2:])
-        x = images[..., top:, left:].unfold(2, edge, edge).unfold(3, edge, edge)
-        tiles = x.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, edge, edge)
-        return judge(tiles).view(len(images), -1).mean(1)
+    def tiles(x):
+        edge = min(side, *x.shape[2:])
+        top, left = (length % edge // 2 for length in x.shape[2:])
+        x = x[..., top:, left:].unfold(2, edge, edge).unfold(3, edge, edge)
+        return x.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, edge, edge)
+
+    def mean(images, refs):
+        return judge(tiles(images), tiles(refs)).view(len(images), -1).mean(1)
     return mean
 
 
@@ -137,6 +139,25 @@ def evaluate(restorer, batches, metrics, steps=0, eta=1.0, seeds=1, border=0):
     return {name: torch.stack([run[name] for run in runs]).mean(0) for name in runs[0]}, first
 
 
+def compare(restorers, batches, metrics, steps=0, eta=1.0, seeds=3, border=0, front=()):
+    """{row: {metric: (N,)}} of lq, each of `restorers` (name -> restorer), and hq.
+
+    front: other (steps, eta) at which the first restorer is measured, too.
+    """
+    tested = {"lq": (None, 0, 0.0)}
+    tested |= {name: (restorer, steps, eta) for name, restorer in restorers.items()}
+    base, first = next(iter(restorers.items()))
+    tested |= {f"{base}, {n} steps, eta {x}": (first, n, x) for n, x in front}
+    rows = {}
+    bar = tqdm(tested.items(), "eval", unit="model")
+    for name, (restorer, n, x) in bar:
+        bar.set_postfix_str(name)
+        rows[name], _ = evaluate(restorer, batches, metrics, n, x, seeds, border)
+    rows["hq"], _ = evaluate(None, [(hq, hq) for _, hq in batches], metrics)
+    rows["hq"] = {key: x for key, x in rows["hq"].items() if key not in FIDELITY}
+    return rows
+
+
 # ---- tables ----
 
 def mean_error(values):
@@ -179,12 +200,13 @@ def format_differences(rows, base, names):
     for name in names:
         cells = [cell(*interval(rows[name][key], rows[base][key]), "+") for key in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    if len(names) > 1:
+    models = [name for name in names if not name.startswith(f"{base}, ")]
+    if len(models) > 1:
         cells = []
         for key in columns:
-            means = [mean_error(rows[name][key] - rows[base][key])[0] for name in names]
+            means = [mean_error(rows[name][key] - rows[base][key])[0] for name in models]
             cells.append(cell(*mean_error(torch.tensor(means)), "+"))
-        lines.append(f"| mean of {len(names)} ± error over them | " + " | ".join(cells) + " |")
+        lines.append(f"| mean of {len(models)} ± error over them | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -225,6 +247,18 @@ def format_front(rows, base, others, names, key="pyiqa:lpips ↓"):
         lines.append(f"{name}: {key} gains {gain:.4f} at {-drop:+.2f} dB of psnr_y; the sampler's "
                      f"own front {front:.4f}" + (f", {gain / front:.1f} times" if front else ""))
     return "\n".join(lines)
+
+
+def describe(rows, names):
+    """The tables of `compare` as text; names: of the restorers, the first is the baseline."""
+    base, *others = names
+    front = [name for name in rows if name.startswith(f"{base}, ")]
+    parts = [format_table(rows)]
+    if others or front:
+        parts.append(format_differences(rows, base, others + front))
+    if front and "pyiqa:lpips ↓" in rows[base]:
+        parts.append(format_front(rows, base, front, others + front))
+    return "\n\n".join(parts)
 
 
 # ---- pictures ----
@@ -274,24 +308,26 @@ def hardest_region(lq, hq, side=REGION):
     return 8 * top, 8 * left
 
 
-def save_regions(path, pairs, restorers, judge, steps=0, eta=1.0):
-    """Picture: of each whole pair (lq, hq) the region where they differ most, lq | models | hq.
+def save_regions(path, source, degrade, restorers, judge, steps=0, eta=1.0):
+    """Picture: of up to five whole images the region where lq and hq differ most, lq | models | hq.
 
     judge: its scores stand below; a line says where it prefers a restoration to hq.
     """
     columns = {label: [] for label in ("lq", *restorers, "hq")}
     captions = {label: [] for label in columns}
-    for index, (lq, hq) in enumerate(pairs):
+    for index in range(min(5, len(source))):
+        lq, hq = whole(source, degrade, index)
         side = min(REGION, *hq.shape[2:])
         top, left = hardest_region(lq, hq, side)
-        lq, hq = (x[..., top:top + side, left:left + side] for x in (lq, hq))
+        device = next(iter(restorers.values())).device
+        lq, hq = (x[..., top:top + side, left:left + side].to(device) for x in (lq, hq))
         shown = {"lq": lq}
         for label, restorer in restorers.items():
             count = steps or restorer.defaults["steps"]
             shown[label] = restore(restorer, lq, count, eta, generator(0, 9, index))
-        best = judge(hq).item()
+        best = judge(hq, hq).item()
         for label, image in (shown | {"hq": hq}).items():
-            score = judge(image).item()
+            score = judge(image, hq).item()
             fidelity = "" if label == "hq" else f"  {psnr_y(image, hq).item():.1f} dB"
             fooled = "\njudge prefers it to hq" if score > best else ""
             columns[label].append(image[0])
@@ -322,16 +358,6 @@ class Config:
     out: str = option("", "folder for table.md, scores.csv and regions.png; empty: none is written")
 
 
-def lineup(restorers, cfg):
-    """What is measured: {row: (restorer or None, steps, eta)}, in the order of the table."""
-    rows = {"lq": (None, 0, 0.0)}
-    rows |= {name: (restorer, cfg.steps, cfg.eta) for name, restorer in restorers.items()}
-    if cfg.front:
-        base, restorer = next(iter(restorers.items()))
-        rows |= {f"{base}, {n} steps, eta {eta}": (restorer, n, eta) for n, eta in FRONT}
-    return rows
-
-
 def main():
     cfg, folders = parse(Config, positional="folders of saved restorers")
     if not folders:
@@ -346,35 +372,19 @@ def main():
         batches = in_batches(lq, hq, device)
     else:
         names = source.names[:cfg.count]
-        pairs = tqdm(range(len(names)), desc="read")
-        batches = [tuple(x.to(device) for x in whole(source, degrade, i)) for i in pairs]
-
-    # scores
-    metrics, rows = load_metrics(cfg.metrics, device), {}
-    tested = lineup(restorers, cfg)
-    for name, (restorer, steps, eta) in (bar := tqdm(tested.items(), desc="eval")):
-        bar.set_postfix_str(name)
-        rows[name], _ = evaluate(restorer, batches, metrics, steps, eta, cfg.seeds, cfg.border)
-    rows["hq"], _ = evaluate(None, [(hq, hq) for _, hq in batches], metrics)
-    rows["hq"] = {key: x for key, x in rows["hq"].items() if key not in FIDELITY}
-
-    # tables
-    others = list(tested)[1 + len(restorers):]
-    parts = [f"{len(names)} images, {cfg.seeds} sampler seeds, 8 bit, border {cfg.border}",
-             format_table(rows)]
-    if len(tested) > 2:
-        parts.append(format_differences(rows, folders[0], list(restorers)[1:] or others))
-    if others and "pyiqa:lpips ↓" in rows["lq"]:
-        parts.append(format_front(rows, folders[0], others, list(restorers)[1:] or others))
-    print("\n\n".join(parts))
+        batches = [[x.to(device) for x in whole(source, degrade, i)] for i in range(len(names))]
+    metrics = load_metrics(cfg.metrics, device)
+    rows = compare(restorers, batches, metrics, cfg.steps, cfg.eta, cfg.seeds, cfg.border,
+                   FRONT if cfg.front else ())
+    text = f"{len(names)} images, {cfg.seeds} sampler seeds, 8 bit, border {cfg.border}\n\n"
+    text += describe(rows, folders)
+    print(text)
     if out:
         with atomic(out / "table.md") as temporary:
-            temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+            temporary.write_text(text + "\n", encoding="utf-8")
         write_scores(out / "scores.csv", rows, names)
-        pairs = [whole(source, degrade, i) for i in range(min(5, len(source)))]
-        pairs = [tuple(x.to(device) for x in pair) for pair in pairs]
         judge = on_tiles(load_reward("judge", device))
-        save_regions(out / "regions.png", pairs, restorers, judge, cfg.steps, cfg.eta)
+        save_regions(out / "regions.png", source, degrade, restorers, judge, cfg.steps, cfg.eta)
         print(f"wrote {out}/table.md, scores.csv, regions.png")
 
 

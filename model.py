@@ -1,6 +1,6 @@
 """Diffusion restorers behind one small interface, so that the same loop trains any of them.
 
-A restorer turns lq into a distribution over restored images by a diffusion model over a latent z:
+A restorer is a diffusion model over a latent z of hq, given lq:
   z0 = encode(hq, lq),   output = predict(z_t, t, condition(lq)),   image = decode(z0, lq)
 output is epsilon, z0 or v, as its scheduler says; sample.py has the steps from z_T to z0.
 
@@ -14,31 +14,28 @@ et al. 2023, arXiv 2302.05543; guidance (Ho and Salimans 2022, arXiv 2207.12598)
   output = output_empty + guidance (output_prompt - output_empty)
 
 Chosen here because the paper trains Stable Diffusion, which no laptop does:
- 1. pixel: z is the residual at about unit variance: hq itself was 4 dB worse in the same time. No
-    attention: any size works. v-prediction and squared-cosine schedule (Salimans and Ho 2022,
-    Nichol and Dhariwal 2021), "trailing" steps (Lin et al. 2024, arXiv 2305.08891).
- 2. lq has the size of hq. Shrinking takes the central 2 x 2 of each 4 x 4 pixels, which undoes
-    bicubic enlargement almost exactly.
- 3. All weights are float32; `dtype` is of the arithmetic (autocast) of the networks. Guidance is
-    inside `predict`, so that rollout and update cannot differ.
+ 1. pixel: z is the residual at about unit variance (hq itself was 4 dB worse); no attention, so
+    that any size works; v-prediction (Salimans and Ho 2022), squared-cosine schedule (Nichol and
+    Dhariwal 2021), "trailing" steps (Lin et al. 2024, arXiv 2305.08891).
+ 2. lq has the size of hq. Shrinking samples at the centres, which undoes bicubic enlargement.
+ 3. Weights are float32, `dtype` is of the arithmetic. Guidance is inside `predict`, so that
+    rollout and update cannot differ.
 
-    python model.py --task denoise                              # laptop: what is shipped for it
+    python model.py                                             # laptop: what is shipped for sr
     python model.py --model sd-controlnet --out my-restorer     # GPU: from published weights
 """
 
 import copy
 import importlib
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from utils import UserError, atomic, option, parse, run_main, write_json
+from utils import UserError, atomic, new_run, option, parse, run_main, write_json
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Norms and time embeddings learn no filters; the layers a ControlNet adds to a UNet start at zero.
 PARTS = {"all": ("",), "modulation": ("norm", "time_emb", "controlnet_")}
 
@@ -55,40 +52,48 @@ def seeded(make, *args, **config):
         return make(*args, **config)
 
 
+def read_json(path):
+    """A file of a restorer's folder, {} where it has none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def load_part(kind, source):
+    """A component from a folder or hub id. Networks: float32, from safetensors, complete."""
+    if not issubclass(kind, torch.nn.Module):
+        return kind.from_pretrained(source)
+    network, info = kind.from_pretrained(source, use_safetensors=True, torch_dtype=torch.float32,
+                                         output_loading_info=True)
+    if info["missing_keys"]:  # the libraries put random numbers there
+        raise OSError(f"the weights of {kind.__name__} lack {sorted(info['missing_keys'])[0]}")
+    return network
+
+
 class Restorer:
     """What all share. One of your own inherits it, around any nn.Module, and joins FAMILIES.
 
-    It must offer forward(z_t, t, condition) -> output, which calls self.net; encode(hq, lq) -> z0
-    (B, C, h, w); decode(z, lq) -> images (B, 3, H, W) in [-1, 1]; family, its name; and, if net is
-    no model of diffusers, save_parts and from_folder. Where these do not fit: channels (of z),
-    factor (pixels per latent pixel), multiple (sides of lq are multiples of it), settings (with
-    defaults; restorer.json keeps them), condition, prepare (called after settings change).
+    It must offer family, its name; forward(z_t, t, condition) -> output, which calls self.net;
+    encode(hq, lq) -> z0 (B, C, h, w); decode(z, lq) -> (B, 3, H, W) in [-1, 1]; if net is no model
+    of diffusers, save_parts and from_folder; where these do not fit, condition, channels (of z),
+    factor (pixels per latent pixel), multiple (of the sides of lq), settings (in restorer.json).
     """
-
     family, net_name, settings = "", "unet", {}
     channels, factor, multiple = 3, 1, 1
 
     def __init__(self, net, scheduler, frozen=None, settings=None, defaults=None):
         """scheduler: diffusers' DDIMScheduler. defaults: task, steps and eta of its training."""
         self.net = self.bare_net = net.eval()  # a trainer may wrap net; bare_net stays. No dropout.
-        self.scheduler = scheduler
-        self.frozen = frozen or {}
+        self.scheduler, self.frozen = scheduler, frozen or {}
         self.settings = self.settings | (settings or {})
         self.defaults = {"task": "sr", "steps": 20, "eta": 1.0} | (defaults or {})
-        self.networks = {k: x for k, x in self.frozen.items() if isinstance(x, torch.nn.Module)}
-        for network in self.networks.values():
+        self.networks = [x for x in self.frozen.values() if isinstance(x, torch.nn.Module)]
+        for network in self.networks:
             network.requires_grad_(False).eval()
         self.train_only("all")
         self.to("cpu")
-        self.prepare()
-
-    def prepare(self):
-        pass
 
     def latent_shape(self, lq):
         """(B, C, h, w) of z for lq (B, 3, H, W)."""
-        height, width = lq.shape[-2:]
-        return len(lq), self.channels, height // self.factor, width // self.factor
+        return len(lq), self.channels, lq.shape[2] // self.factor, lq.shape[3] // self.factor
 
     def condition(self, lq, generator=None):
         """What the network sees of lq, made once per restoration; a CPU generator for noise."""
@@ -135,23 +140,34 @@ class Restorer:
 
     def to(self, device, dtype=torch.float32):
         """dtype: of the networks' arithmetic."""
-        for network in (self.net, *self.networks.values()):
+        for network in (self.net, *self.networks):
             network.to(device)
         self.device, self.dtype = torch.device(device), dtype
         return self
 
     @classmethod
-    def from_folder(cls, folder, defaults, settings, **parts):
-        """folder: a Path in diffusers' format. parts: components instead of the folder's."""
-        parts = load_parts(folder) | parts
+    def from_folder(cls, folder, defaults, settings):
+        """folder: a Path in diffusers' format, without model_index.json for pixel."""
+        from diffusers import ControlNetModel, DDIMScheduler
+        pixel = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
+        index = read_json(folder / "model_index.json") or pixel
+        parts = {}
+        for name, entry in index.items():
+            if isinstance(entry, list) and entry[0] in ("diffusers", "transformers"):
+                kind = getattr(importlib.import_module(entry[0]), entry[1])
+                parts[name] = load_part(kind, folder / name)
+        if index.get("_class_name") == "StableDiffusionPipeline":
+            parts["controlnet"] = seeded(ControlNetModel.from_unet, parts["unet"])
+        config = parts["scheduler"].config
+        clip = config.get("clip_sample", False)  # other samplers never clip; DDIM's default is to
+        parts["scheduler"] = DDIMScheduler.from_config(config, clip_sample=clip)
         return cls(parts.pop(cls.net_name), parts.pop("scheduler"), parts, settings, defaults)
 
-    def save(self, folder, dtype=torch.float32):
-        """Writes a folder for `load`, whole or not at all. dtype: of net's file."""
-        net = self.bare_net if dtype == torch.float32 else copy.deepcopy(self.bare_net).to(dtype)
+    def save(self, folder):
+        """Writes a folder for `load`, whole or not at all."""
         with atomic(folder) as temporary:
             temporary.mkdir()
-            self.save_parts(temporary, net)
+            self.save_parts(temporary, self.bare_net)
             kept = {"family": self.family, **self.settings, "defaults": self.defaults}
             write_json(temporary / "restorer.json", kept)
 
@@ -162,8 +178,8 @@ class Restorer:
 
 class PixelRestorer(Restorer):
     """Residual diffusion in pixel space: z (B, 3, H, W) = scale (hq - lq)."""
-
     family, settings = "pixel", {"residual_scale": 5.0, "unshuffle": 2}
+    multiple = 8  # the network unshuffles by 2 and halves twice
 
     @classmethod
     def create(cls, channels=(48, 64, 96), groups=8):
@@ -176,10 +192,6 @@ class PixelRestorer(Restorer):
                                   prediction_type="v_prediction", clip_sample=False)
         return cls(net, scheduler, defaults={"steps": 5})
 
-    def prepare(self):
-        halvings = len(self.bare_net.config.block_out_channels) - 1
-        self.multiple = self.settings["unshuffle"] * 2 ** halvings
-
     def encode(self, hq, lq):
         return self.settings["residual_scale"] * (hq - lq)
 
@@ -187,20 +199,18 @@ class PixelRestorer(Restorer):
         return (lq + z / self.settings["residual_scale"]).clamp(-1, 1)
 
     def forward(self, z_t, t, c):
-        unshuffle = self.settings["unshuffle"]
-        x = F.pixel_unshuffle(torch.cat([z_t, c], dim=1), unshuffle)  # (B, 6 u^2, H / u, W / u)
-        return F.pixel_shuffle(self.net(x, t).sample, unshuffle)
+        x = F.pixel_unshuffle(torch.cat([z_t, c], dim=1), self.settings["unshuffle"])
+        return F.pixel_shuffle(self.net(x, t).sample, self.settings["unshuffle"])
 
 
 class LatentRestorer(Restorer):
     """On top of a frozen autoencoder; the saved folder runs in a stock `pipeline` of diffusers."""
+    no_parts, scaling = {}, 1.0  # no_parts: what a pipeline wants to be told that it has not
 
-    pipeline, no_parts = "", {}  # no_parts: what a pipeline wants to be told that it has not
-
-    def prepare(self):
+    def __init__(self, *parts, **options):
+        super().__init__(*parts, **options)
         unet = self.frozen.get("unet", self.bare_net)
         self.vae = self.frozen.get("vae") or self.frozen["vqvae"]
-        self.scaling = 1.0
         if "vae" in self.frozen:
             self.scaling = self.vae.config.scaling_factor
             self.vae.enable_slicing()  # one image at once: features of a batch fill the memory
@@ -209,9 +219,8 @@ class LatentRestorer(Restorer):
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.multiple = self.factor * 2 ** (len(unet.config.block_out_channels) - 1)
         if "tokenizer" in self.frozen:
-            texts = [self.settings["prompt"], ""]
-            ids = self.frozen["tokenizer"](texts, padding="max_length", truncation=True,
-                                           return_tensors="pt").input_ids.to(self.device)
+            ids = self.frozen["tokenizer"]([self.settings["prompt"], ""], padding="max_length",
+                                           truncation=True, return_tensors="pt").input_ids
             self.text = self.frozen["text_encoder"](ids)[0].detach()  # (2, tokens, width)
 
     @torch.no_grad()
@@ -228,10 +237,10 @@ class LatentRestorer(Restorer):
         guidance = self.settings["guidance"]
         prompt, empty = self.text.to(z_t.device)[:, None].expand(-1, len(z_t), -1, -1)
         output = self.network(z_t, t, c, prompt)
-        if guidance == 1:
-            return output
-        output_empty = self.network(z_t, t, c, empty)
-        return output_empty + guidance * (output - output_empty)
+        if guidance != 1:
+            output_empty = self.network(z_t, t, c, empty)
+            output = output_empty + guidance * (output - output_empty)
+        return output
 
     def save_parts(self, folder, net):
         import diffusers
@@ -241,7 +250,6 @@ class LatentRestorer(Restorer):
 
 class LDMSR(LatentRestorer):
     """Latent diffusion for x4 super-resolution: z beside lq / 4, no text."""
-
     family, pipeline = "ldm-sr", "LDMSuperResolutionPipeline"
 
     def condition(self, lq, generator=None):
@@ -253,7 +261,6 @@ class LDMSR(LatentRestorer):
 
 class SDControlNet(LatentRestorer):
     """Stable Diffusion with lq through a ControlNet, the paper's kind."""
-
     family, pipeline = "sd-controlnet", "StableDiffusionControlNetPipeline"
     settings = {"prompt": "", "guidance": 1.0}
     no_parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -268,23 +275,19 @@ class SDControlNet(LatentRestorer):
 
 class SDUpscaler(LatentRestorer):
     """Stable Diffusion x4 upscaler: z beside lq / 4 with noise of a known level."""
-
     family, pipeline = "sd-x4-upscaler", "StableDiffusionUpscalePipeline"
     settings = {"prompt": "", "guidance": 1.0, "noise_level": 20}
 
     def condition(self, lq, generator=None):
         small = shrink(lq, self.factor)
         noise = torch.randn(small.shape, generator=generator).to(lq)
-        levels = self.frozen["low_res_scheduler"].alphas_cumprod
-        alpha_bar = levels[self.settings["noise_level"]].item()
-        return alpha_bar ** 0.5 * small + (1 - alpha_bar) ** 0.5 * noise
+        level = torch.full((len(lq),), self.settings["noise_level"])
+        return self.frozen["low_res_scheduler"].add_noise(small, noise, level)
 
     def network(self, z_t, t, c, text):
         level = torch.full_like(t, self.settings["noise_level"])
         return self.net(torch.cat([z_t, c], dim=1), t, text, class_labels=level).sample
 
-
-# ---- loading ----
 
 FAMILIES = {family.family: family for family in (PixelRestorer, LDMSR, SDControlNet, SDUpscaler)}
 HUB = {"ldm-sr": "CompVis/ldm-super-resolution-4x-openimages",
@@ -295,120 +298,69 @@ PIPELINES["StableDiffusionPipeline"] = "sd-controlnet"
 FILES = ["*.json", "*.txt", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors"]
 
 
-def read_json(path, default):
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
-
-
-def load_part(kind, source, **where):
-    """A component from a folder or hub id. Networks: float32, from safetensors, complete."""
-    if not issubclass(kind, torch.nn.Module):
-        return kind.from_pretrained(source, **where)
-    network, info = kind.from_pretrained(source, use_safetensors=True, torch_dtype=torch.float32,
-                                         output_loading_info=True, **where)
-    if info["missing_keys"]:  # the libraries put random numbers there
-        raise OSError(f"the weights of {kind.__name__} lack {sorted(info['missing_keys'])[0]}")
-    return network
-
-
-def load_parts(folder):
-    """The components that a folder of diffusers names: name -> component; samplers become DDIM."""
-    from diffusers import ControlNetModel, DDIMScheduler
-    pixel = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
-    index = read_json(folder / "model_index.json", pixel)
-    parts = {}
-    for name, entry in index.items():
-        if isinstance(entry, list) and entry[0] in ("diffusers", "transformers"):
-            kind = getattr(importlib.import_module(entry[0]), entry[1])
-            parts[name] = load_part(kind, folder, subfolder=name)
-    if index.get("_class_name") == "StableDiffusionPipeline":
-        parts["controlnet"] = seeded(ControlNetModel.from_unet, parts["unet"])
-    config = parts["scheduler"].config
-    clip = config.get("clip_sample", False)  # others never clip, but DDIM's default is to
-    return parts | {"scheduler": DDIMScheduler.from_config(config, clip_sample=clip)}
-
-
 def shipped(task):
     """The folder in weights/ whose restorer learned `task`, or its kind (denoise25: denoise)."""
-    folders = {}
-    for file in sorted((Path(__file__).parent / "weights").glob("*/restorer.json")):
-        learned = read_json(file, {})["defaults"]["task"]
-        folders |= dict.fromkeys(learned.split("+"), file.parent)
+    files = sorted((Path(__file__).parent / "weights").glob("*/restorer.json"))
     for name in (task, task.rstrip("0123456789")):
-        if name in folders:
-            return folders[name]
+        for file in files:
+            if name in read_json(file)["defaults"]["task"].split("+"):
+                return file.parent
     raise UserError(f"--task {task}: no restorer in weights/ learned it; make one with "
                     f"python sft.py --task {task}, and name its folder by --model")
 
 
 def load(name, task="sr", device="cpu", dtype="float32", controlnet=""):
-    """A restorer, ready to sample and to train.
+    """A restorer, ready to sample and to train; UserError if its folder is not complete.
 
     name: "" (the shipped one for `task`), pixel (random weights), another of FAMILIES (its weights
-    in HUB), a hub id, or a folder that sft.py, rl.py or diffusers has saved. dtype: of DTYPES.
-    controlnet: folder or hub id of a trained one, in the place of a copy of the UNet.
+    in HUB), a hub id, or a folder that sft.py, rl.py or diffusers has saved. dtype: float32 or
+    bfloat16. controlnet: folder or hub id of a trained one, in the place of a copy of the UNet.
     """
     import diffusers
-    import transformers
     from huggingface_hub import snapshot_download
-    diffusers.logging.disable_progress_bar()
-    transformers.logging.disable_progress_bar()
-    for logger in ("diffusers.models.modeling_utils", "bitsandbytes.backends.cpu.ops"):
-        logging.getLogger(logger).setLevel(logging.CRITICAL)  # what matters is raised as well
+    diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)  # what matters is raised as well
     if name == "pixel":
-        restorer = PixelRestorer.create()
-        restorer.defaults["task"] = task
-        return restorer.to(device, DTYPES[dtype])
+        return PixelRestorer.create().to(device, getattr(torch, dtype))
     source = HUB.get(name) or name or shipped(task)
     try:
         if not Path(source).is_dir():
             source = snapshot_download(source, allow_patterns=FILES, ignore_patterns="safety*")
-        kept = read_json(Path(source) / "restorer.json", {})
-        index = read_json(Path(source) / "model_index.json", {})
-        family = kept.pop("family", None) or PIPELINES.get(index.get("_class_name"))
-        if family not in FAMILIES or (controlnet and family != "sd-controlnet"):
-            raise OSError(f"it is {family}; expected one of {', '.join(FAMILIES)}, with "
-                          "--controlnet only sd-controlnet")
-        defaults = kept.pop("defaults", {})
-        net = {"controlnet": load_part(diffusers.ControlNetModel, controlnet)} if controlnet else {}
-        restorer = FAMILIES[family].from_folder(Path(source), defaults, kept, **net)
+        settings = read_json(Path(source) / "restorer.json")
+        index = read_json(Path(source) / "model_index.json")
+        family = settings.pop("family", None) or PIPELINES[index.get("_class_name")]
+        defaults = settings.pop("defaults", {})
+        restorer = FAMILIES[family].from_folder(Path(source), defaults, settings)
+        if controlnet:
+            trained = load_part(diffusers.ControlNetModel, controlnet)
+            restorer.net.load_state_dict(trained.state_dict())
     except (OSError, ValueError, RuntimeError, KeyError) as error:  # of four libraries
         reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"--model {source}: cannot be loaded ({reason}); give a complete folder "
-                        "that sft.py, rl.py or diffusers saved, or a hub id with network") from None
-    return restorer.to(device, DTYPES[dtype])
+        raise UserError(f"--model {source}: is no {', '.join(FAMILIES)} ({reason}); give a "
+                        "complete folder of sft.py, rl.py or diffusers, or a hub id") from None
+    return restorer.to(device, getattr(torch, dtype))
 
 
 @dataclass
 class Config:
-    """Prints what a restorer is, or makes one from published weights."""
-    model: str = option("", "shipped for --task if empty; family, hub id or folder")
-    task: str = option("sr", "task of the shipped restorer")
+    """Prints what a restorer is; with --out makes one of published weights and these settings."""
+    model: str = option("", "family, hub id or folder; empty: the shipped one for sr")
     controlnet: str = option("", "sd-controlnet: a trained ControlNet; empty: made of the UNet")
-    prompt: str = option("", "Stable Diffusion: text prompt; empty: as saved, a blank: none")
-    guidance: float = option(0.0, "Stable Diffusion: 1: no guidance; 0: as saved", least=0)
-    noise_level: int = option(-1, "sd-x4-upscaler: noise of lq, to 350; -1: as saved", least=-1)
-    out: str = option("", "folder to write the restorer to; empty: only print what it is")
+    prompt: str = option("", "Stable Diffusion: text prompt")
+    guidance: float = option(1.0, "Stable Diffusion: of the prompt; 1: none", least=0)
+    noise_level: int = option(20, "sd-x4-upscaler: noise of lq, 0 to 350", least=0)
+    out: str = option("", "folder to write the restorer to")
 
 
 def main():
     cfg = parse(Config)
-    if cfg.out and Path(cfg.out).exists():
-        raise UserError(f"--out {cfg.out}: is there already; choose another folder")
-    restorer = load(cfg.model, cfg.task, controlnet=cfg.controlnet)
-    options = ("prompt", "guidance", "noise_level")
-    given = {name: value for name, value in vars(cfg).items()
-             if name in options and value != getattr(Config, name)}
-    if not given.keys() <= restorer.settings.keys() or cfg.noise_level > 350:
-        raise UserError(f"{given}: {restorer.family} has {restorer.settings}, noise_level to 350")
-    restorer.settings |= given
-    restorer.prepare()
-    print(f"{restorer.family}: {restorer.defaults}, {restorer.settings}")
-    for name, network in {"trains": restorer.net, **restorer.networks}.items():
-        count = sum(parameter.numel() for parameter in network.parameters())
-        print(f"{name}: {count / 1e6:.2f} million parameters")
+    restorer = load(cfg.model, controlnet=cfg.controlnet)
+    count = sum(parameter.numel() for parameter in restorer.weights()) / 1e6
+    print(f"{restorer.family}: {count:.2f} million train, {restorer.defaults}, {restorer.settings}")
     if cfg.out:
+        new_run(cfg.out)
+        for name in restorer.settings.keys() & vars(cfg).keys():
+            restorer.settings[name] = getattr(cfg, name)
         restorer.save(cfg.out)
-        print(f"wrote {cfg.out}")
 
 
 if __name__ == "__main__":

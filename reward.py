@@ -148,7 +148,7 @@ def parse_rating(text, form):
     start, pattern = FORMS[form]
     text = text.rpartition("</think>")[2]
     found = re.findall(pattern, text)
-    if len(found) != 1 or text.count(start) > 1 or "<think>" in text:
+    if not found or text.count(start) > 1 or "<think>" in text:
         return math.nan
     return float(found[0]) if 1 <= float(found[0]) <= 5 else math.nan
 
@@ -158,7 +158,6 @@ class MLLMJudge:
     def __init__(self, model, processor, prompt=PROMPT, stem=STEM, levels=LEVELS, system="",
                  image_last=False, vision_id=False):  # vision_id: the template numbers the image
         self.model, self.processor, self.batch = model.eval(), processor, 32
-        processor.tokenizer.padding_side = "left"  # so that each row ends in its own last token
         parts = [{"type": "image"}, {"type": "text", "text": prompt}]
         turns = [{"role": "user", "content": parts[::-1] if image_last else parts}]
         if system:
@@ -172,7 +171,7 @@ class MLLMJudge:
         """(B, 3, H, W) in [0, 255] -> the processor's tensors (it also resizes)."""
         images = [[image] for image in pixels.cpu()]  # nested, a form that all processors take
         text = [self.text] * len(images)
-        inputs = self.processor(text=text, images=images, padding=True, return_tensors="pt")
+        inputs = self.processor(text=text, images=images, return_tensors="pt")
         return inputs.to(self.model.device, self.model.dtype)
 
     def score(self, pixels):

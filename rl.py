@@ -40,10 +40,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import get_task, held_out, open_split, pool, whole
+from data import get_task, held_out, open_split, pool
 from difficulty import RewardMemory, advantages, iqa_gap, weights
-from eval import (INSTRUMENTS, evaluate, format_differences, format_table, in_batches,
-                  load_metrics, on_tiles, save_curves, save_regions, write_scores)
+from eval import (INSTRUMENTS, compare, describe, evaluate, in_batches, load_metrics, on_tiles,
+                  save_curves, save_regions, write_scores)
 from model import load
 from reward import load as load_reward
 from reward import views
@@ -134,12 +134,12 @@ def collect(restorer, judge, lq, hq, gen, cfg, accelerator):
     return batches, rewards
 
 
-def update(restorer, reference, average, optimizer, batches, lq, gen, cfg, accelerator, step_loss,
-           look):
+def update(loss_of, restorer, average, optimizer, batches, lq, gen, accelerator, look):
     """UPDATES optimizer steps, each on its own part of the denoising steps -> what to log.
 
-    batches: of `collect`, with advantage (b, N) and weight (b,). lq: of all processes' samples.
-    look: also the share of each term in the gradient's norm, for the first micro-batch.
+    loss_of(batch, k): step_loss. batches: of `collect`, with advantage (b, N) and weight (b,).
+    lq: of the samples of all processes, for which noise is drawn. look: also the share of each
+    term in the gradient's norm, for the first micro-batch.
     """
     usable = torch.tensor(batches[0]["path"].stochastic)
     usable = usable[torch.randperm(len(usable), generator=gen)].tolist()
@@ -151,7 +151,7 @@ def update(restorer, reference, average, optimizer, batches, lq, gen, cfg, accel
         for batch in batches:
             batch["t"], batch["eps"] = (x[batch["own"]].to(accelerator.device) for x in (t, eps))
             with accelerator.accumulate(restorer.net):
-                loss, info = step_loss(restorer, reference, batch, k, cfg)
+                loss, info = loss_of(batch, k)
                 terms = info.pop("terms")
                 if look and not logs:
                     shares = grad_shares(terms, restorer.weights())
@@ -214,7 +214,7 @@ class Config:
     out: str = option("", "folder of the run; empty: runs/TASK-SEED")
     seed: int = option(0, "seed of inputs, sampler and losses", least=0)
     # rollout and reward
-    iterations: int = option(24, "rounds of rollout and update", least=1)
+    iterations: int = option(20, "rounds of rollout and update", least=1)
     inputs: int = option(64, "lq images per iteration", least=1)
     samples: int = option(1, "restorations of each", least=1)
     pool: int = option(256, "training crops that come back; each has a memory", least=2)
@@ -226,9 +226,9 @@ class Config:
     cap: str = option("hq", "what a reward counts up to: that of hq, or none", ["hq", "none"])
     # loss
     weight: str = option("baseline", "w: baseline, running (see difficulty.py) or fixed:W")
-    sft_coef: float = option(1e-2, "lambda, of the SFT loss", least=0)
+    sft_coef: float = option(3e-2, "lambda, of the SFT loss", least=0)
     kl_coef: float = option(1e-3, "beta, of the KL to the SFT restorer", least=0)
-    max_drop: float = option(0.15, "dB of PSNR that a kept average may lose on validation", least=0)
+    max_drop: float = option(0.12, "dB of PSNR that a kept average may lose on validation", least=0)
     # running
     trainable: str = option("modulation", "weights that train: modulation, all, or words in names")
     lr: float = option(6e-4, "peak learning rate of AdamW", least=0)
@@ -316,6 +316,9 @@ def train(cfg, step_loss=step_loss):
         distance_sft = iqa_gap(memory.mean()[:, -1], reward_hq)
         rows = [{"iteration": 0, **validate(average, val, judge, cfg)}]
 
+    def loss_of(batch, k):
+        return step_loss(restorer, reference, batch, k, cfg)
+
     bar = tqdm(range(start, cfg.iterations), "rl", cfg.iterations, initial=start, disable=not main)
     for iteration in bar:
         # rollout and reward
@@ -341,8 +344,8 @@ def train(cfg, step_loss=step_loss):
         optimizer.param_groups[0]["lr"] = peak
         last = iteration + 1 == cfg.iterations
         look = (iteration + 1) % LOOK_EVERY == 0 or last
-        logs = update(restorer, reference, average, optimizer, batches, lq[ids], gen, cfg,
-                      accelerator, step_loss, look)
+        logs = update(loss_of, restorer, average, optimizer, batches, lq[ids], gen, accelerator,
+                      look)
 
         # log; every few iterations a look at validation photographs, and a checkpoint
         row = {"iteration": iteration + 1, "reward": rewards[:, -1].nanmean().item(),
@@ -378,20 +381,14 @@ def train(cfg, step_loss=step_loss):
 def report(cfg, reference, average, source, degrade, out):
     """Table, picture and scores.csv: the SFT restorer and the new one on test photographs."""
     lq, hq, names = held_out(source, degrade, cfg.size, 128)
-    device = reference.device
-    batches = in_batches(lq, hq, device)
-    metrics = load_metrics(list(dict.fromkeys([*INSTRUMENTS, cfg.reward])), device)
-    rows = {}
-    for name, restorer in (("lq", None), ("sft", reference), ("rl", average)):
-        rows[name], _ = evaluate(restorer, batches, metrics, cfg.steps, cfg.eta, seeds=3)
-    rows["hq"], _ = evaluate(None, [(x, x) for _, x in batches], metrics)
-    print(format_table(rows))
-    print(format_differences(rows, "sft", ["rl"]))
+    metrics = load_metrics(dict.fromkeys([*INSTRUMENTS, cfg.reward]), reference.device)
+    restorers = {"sft": reference, "rl": average}
+    batches = in_batches(lq, hq, reference.device)
+    rows = compare(restorers, batches, metrics, cfg.steps, cfg.eta)
+    print(describe(rows, ["sft", "rl"]))
     write_scores(out / "scores.csv", rows, names)
-    pairs = [tuple(x.to(device) for x in whole(source, degrade, i))
-             for i in range(min(5, len(source)))]
-    judge = on_tiles(load_reward(cfg.reward, device))
-    save_regions(out / "regions.png", pairs, {"sft": reference, "rl": average}, judge)
+    judge = on_tiles(load_reward(cfg.reward, reference.device))
+    save_regions(out / "regions.png", source, degrade, restorers, judge, cfg.steps, cfg.eta)
     print(f"wrote {out}: model/, metrics.csv, curves.png, scores.csv, regions.png")
 
 

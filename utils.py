@@ -5,6 +5,7 @@ Images are float tensors (3, H, W) in [-1, 1]; files hold 8-bit sRGB. Nothing he
 
 import argparse
 import contextlib
+import copy
 import csv
 import dataclasses
 import json
@@ -12,11 +13,14 @@ import logging
 import os
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -52,34 +56,36 @@ def list_images(folder):
             continue
         seen.add(os.path.realpath(home))
         folders[:] = [name for name in folders if name[0] not in ".@"]
-        for name in files:
-            if name[0] != "." and name.lower().endswith(IMAGE_ENDINGS):
-                found.append(Path(home) / name)
-    return sorted(found)
+        found += [Path(home, name) for name in files if name[0] != "."]
+    return sorted(path for path in found if path.suffix.lower() in IMAGE_ENDINGS)
+
+
+@cache  # once for each file
+def note(text):
+    print(f"note: {text}", file=sys.stderr)
 
 
 def read_image(path):
     """An image file as (3, H, W) in [-1, 1]; rotation, palette, grey, alpha (over white) resolved.
 
-    A line says what is lost: color profiles, and the lower half of 16 bits per color (PIL's limit).
-    Raises UserError that names a file that cannot be read.
+    Notes say what is lost: color profiles, and the lower half of 16 bits per color (PIL's limit).
     """
     try:
         with Image.open(path) as image:
             profile = image.info.get("icc_profile", b"sRGB").replace(b"\0", b"")
             if image.mode.startswith("RGB") and "16" in str(image.tile):
-                print(f"note: {path}: of 16 bits per color the upper 8 are read", file=sys.stderr)
-            if b"sRGB" not in profile and b"c2" not in profile:  # c2: a small sRGB of photo sites
-                print(f"note: {path}: color profile ignored, taken as sRGB", file=sys.stderr)
+                note(f"{path}: of 16 bits per color the upper 8 are read")
+            known = b"sRGB" in profile or b"c2" in profile  # c2: a small sRGB of photo sites
+            if not known and "skimage" not in str(path):  # its rocket.jpg, shipped, has Adobe RGB
+                note(f"{path}: color profile ignored, taken as sRGB")
             image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":  # 16 bits of grey, or floats in [0, 1] or [0, 255]
-                grey = np.array(image, dtype=np.float32)
+                grey = torch.from_numpy(np.array(image, dtype=np.float32))
                 full = 65535 if image.mode != "F" else 255 if grey.max() > 1 else 1
-                return torch.from_numpy(grey / full).clamp(0, 1).expand(3, -1, -1) * 2 - 1
+                return (grey / full).clamp(0, 1).expand(3, -1, -1) * 2 - 1
             if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
+                image = Image.alpha_composite(white, image.convert("RGBA"))
             pixels = torch.from_numpy(np.array(image.convert("RGB")))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: no readable image ({error}); remove or convert it") from None
@@ -87,12 +93,14 @@ def read_image(path):
 
 
 def to_uint8(images):
-    """(..., H, W) in [-1, 1] -> uint8 in [0, 255], rounded to the nearest level as a PNG has it."""
+    """Any shape in [-1, 1] -> uint8, rounded to the nearest of the 256 levels of a PNG."""
     return (images.detach().float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
 
 
 def write_image(path, image):
     """(3, H, W) in [-1, 1] -> 8-bit file, format by the ending of `path`."""
+    if Path(path).suffix.lower() not in IMAGE_ENDINGS:
+        raise UserError(f"{path}: no kind of image; use one of {', '.join(IMAGE_ENDINGS)}")
     with atomic(path) as temporary:
         Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy()).save(temporary)
 
@@ -104,7 +112,7 @@ def new_run(out, resume=False):
     out = Path(out)
     if resume and not (out / "checkpoint.safetensors").exists():
         raise UserError(f"--resume: no checkpoint in {out}; start without it")
-    if not resume and out.exists() and (out.is_file() or any(out.iterdir())):
+    if not resume and out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: is not empty; choose another, or go on with --resume")
     out.mkdir(parents=True, exist_ok=True)
     return out
@@ -120,15 +128,13 @@ def atomic(path):
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        files = temporary.rglob("*.*") if temporary.is_dir() else [temporary]
-        for file in files:  # safetensors makes files that only their owner may read
-            file.chmod(0o666 & ~umask)
-        if path.is_dir():
-            shutil.rmtree(path)
+        for file in (temporary, *temporary.rglob("*")):
+            if file.is_file():  # safetensors makes files that only their owner may read
+                file.chmod(0o666 & ~umask)
+        shutil.rmtree(path, ignore_errors=True)  # does nothing to a file
         os.replace(temporary, path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)
 
 
@@ -148,23 +154,19 @@ def write_rows(path, rows):
 
 def save_checkpoint(path, state, info):
     """state: nested dicts of tensors. info: what JSON holds, in the header of the safetensors."""
-    from safetensors.torch import save_file
-    flat = {}
-
-    def flatten(part, name):
+    flat, parts = {}, list(state.items())
+    while parts:
+        name, part = parts.pop()
         if isinstance(part, dict):
-            for key, value in part.items():
-                flatten(value, f"{name}/{key}")
+            parts += [(f"{name}/{key}", value) for key, value in part.items()]
         else:
-            flat[name[1:]] = part.detach().cpu().contiguous().clone()
-    flatten(state, "")
+            flat[name] = part.detach().cpu().contiguous().clone()
     with atomic(path) as temporary:
         save_file(flat, temporary, metadata={"info": json.dumps(info)})
 
 
 def load_checkpoint(path):
     """What save_checkpoint wrote: (state, info); keys that are numbers come back as int."""
-    from safetensors import SafetensorError, safe_open
     state = {}
     try:
         with safe_open(path, "pt") as file:
@@ -175,7 +177,7 @@ def load_checkpoint(path):
                 for key in above:
                     place = place.setdefault(key, {})
                 place[last] = file.get_tensor(name)
-    except (OSError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise UserError(f"{path}: no checkpoint of ours ({error}); start in a new --out") from None
     return state, info
 
@@ -193,9 +195,7 @@ def check_resume(cfg, saved, free):
 def option(default, help, choices=None, least=None):
     """A field of a Config dataclass: default, one line of help, allowed values, least value."""
     notes = {"help": help, "choices": choices, "least": least}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=notes)
-    return dataclasses.field(default=default, metadata=notes)
+    return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=notes)
 
 
 class Parser(argparse.ArgumentParser):
@@ -206,28 +206,28 @@ class Parser(argparse.ArgumentParser):
 def parse(config_class, argv=None, positional=None):
     """A flat dataclass of `option` fields -> its command line; a list takes several words.
 
-    Returns the dataclass; with `positional` (its help), the pair (dataclass, plain arguments).
-    """
-    parser = Parser(description=config_class.__doc__, allow_abbrev=False)
+    Returns the dataclass; with `positional` (its help), the pair (dataclass, plain arguments)."""
+    parser = Parser(description=config_class.__doc__, allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     if positional:
         parser.add_argument("paths", nargs="*", help=positional, metavar="PATH")
-    for name, default in vars(config_class()).items():
-        notes = config_class.__dataclass_fields__[name].metadata
+    for field in dataclasses.fields(config_class):
+        default, notes = field.default_factory(), field.metadata
         how = {"type": type(default), "choices": notes["choices"]}
         if isinstance(default, bool):
             how = {"action": argparse.BooleanOptionalAction}
         elif isinstance(default, list):
             how = {"nargs": "*"}
-        shown = "" if default in ("", []) else f" (default: {default})"
-        parser.add_argument("--" + name.replace("_", "-"), default=default,
-                            help=notes["help"].replace("%", "%%") + shown, **how)
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, default=default, help=notes["help"].replace("%", "%%"), **how)
     values = vars(parser.parse_args(argv))
     paths = values.pop("paths", None)
-    for name, value in values.items():
-        least = config_class.__dataclass_fields__[name].metadata["least"]
+    cfg = config_class(**values)
+    for field in dataclasses.fields(cfg):
+        value, least = values[field.name], field.metadata["least"]
         if least is not None and not value >= least:  # NaN is not
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    return (config_class(**values), paths) if positional else config_class(**values)
+            parser.error(f"--{field.name.replace('_', '-')} {value}: must be at least {least}")
+    return (cfg, paths) if positional else cfg
 
 
 def run_main(main):
@@ -238,12 +238,11 @@ def run_main(main):
     except KeyboardInterrupt:
         print("stopped; what was written stays", file=sys.stderr)
         raise SystemExit(130) from None
-    except (UserError, OSError) as error:  # one of a DataLoader's worker brings its traceback along
-        line = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
+    except (UserError, OSError) as error:  # a DataLoader's worker puts its traceback before it
+        line = str(error).rpartition("utils.UserError: ")[2]
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         line = f"not enough memory ({error}); lower --micro-batch, --batch, --size or --tile"
-        line = " ".join(line.split())
-    print(f"error: {line}", file=sys.stderr)
+    print("error:", *line.split(), file=sys.stderr)
     raise SystemExit(2)

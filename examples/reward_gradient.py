@@ -29,7 +29,7 @@ def make_step_loss(judge):
         # the same chain by the present weights; every step keeps its activations
         z = rollout(restorer, path.condition, batch["noise"], cfg.eta).z[-1]
         score = judge.scores(restorer.decode(z, batch["lq"]))
-                sft = diffusion_loss(restorer, batch["z0"], path.condition, batch["t"], batch["eps"])
+        sft = diffusion_loss(restorer, batch["z0"], path.condition, batch["t"], batch["eps"])
         terms = {"rl": -(w * score).mean(), "sft": ((1 - w) * cfg.sft_coef * sft).mean()}
         return sum(terms.values()), {"terms": terms, "rl_loss": -score.mean(),
                                      "sft_loss": sft.mean()}

@@ -3,6 +3,7 @@
 import csv
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_a_judge_of_a_large_image_is_the_mean_over_its_centred_tiles(gen):
         return x.square().mean((1, 2, 3)).sqrt()
     tiles = [images[:, :, y:y + 64, x:x + 64] for y in (1, 65) for x in (4, 68, 132)]
     expected = torch.stack([judge(tile) for tile in tiles]).mean(0)
-    torch.testing.assert_close(on_tiles(judge)(images), expected)
+    torch.testing.assert_close(on_tiles(judge)(images, images), expected)
 
 
 def test_measure_rounds_to_8_bits_cuts_the_border_and_lays_sets_out(gen):
@@ -119,9 +120,9 @@ def test_the_region_shown_is_where_lq_differs_most_and_fooled_judges_are_named(t
         columns=columns, captions=captions))
     monkeypatch.setattr(evaluation, "restore", lambda restorer, lq, *args: lq + 1.0)
 
-    class Steps:
-        defaults = {"steps": 1}
-    save_regions(tmp_path / "x.png", [(lq, hq)], {"rl": Steps()}, lambda x: x.mean((1, 2, 3)))
+    monkeypatch.setattr(evaluation, "whole", lambda *args: (lq, hq))
+    restorer = SimpleNamespace(device="cpu", defaults={"steps": 1})
+    save_regions(tmp_path / "x.png", [0], None, {"rl": restorer}, lambda x, y: x.mean((1, 2, 3)))
     assert list(shown["columns"]) == ["lq", "rl", "hq"]
     assert torch.equal(shown["columns"]["hq"][0], hq[0, :, 40:200, 120:280])
     assert "prefers" in shown["captions"]["rl"][0] and "prefers" not in shown["captions"]["lq"][0]
@@ -151,7 +152,7 @@ def test_the_script_compares_two_restorers_and_prints_the_front(tmp_path, tiny_r
     monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
     evaluation.main()
     text = capsys.readouterr().out
-    assert "9 images, 1 sampler seeds" in text and "own front" in text
+    assert "images, 1 sampler seeds" in text and "own front" in text
     assert "8 steps, eta 1.0" in text and f"minus {tmp_path / 'a'}" in text
     assert (tmp_path / "out/table.md").read_text(encoding="utf-8").strip() in text
     assert {"scores.csv", "regions.png"} <= {f.name for f in (tmp_path / "out").iterdir()}

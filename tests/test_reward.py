@@ -241,6 +241,7 @@ def test_pyiqa_metrics_rise_with_quality(pairs):
         assert metric.sign == sign and (scores * sign > 0).all()
         assert (metric((lq + hq) / 2, hq) > scores).all()
         torch.testing.assert_close(metric(lq[2:3], hq[2:3]), scores[2:3])
+    torch.testing.assert_close(load("pyiqa:psnr")(lq, hq), reward.psnr(lq, hq), atol=1e-3, rtol=0)
     with pytest.raises(UserError, match="give references"):
         metric(lq)
 

@@ -1,0 +1,202 @@
+"""Breaks one line after the other and asks whether a test notices. Not part of the test suite.
+
+    python tests/mutants.py              # all of them, in a copy of the repository: about an hour
+    python tests/mutants.py rl.py 3 8    # numbers 3 to 8 of one file
+
+Each mutant: (text that stands once in the file, what takes its place). Printed are the survivors; the
+exit code is their number.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+MUTANTS = {
+    "difficulty.py": [
+        ("self.count[i, k] % self.rewards.shape[2]", "min(self.count[i, k], 1)"),
+        ("self.count[i, k] += 1", "self.count[i, k] += 0"),
+        ("self.rewards.nanmean(2)", "self.rewards.nanmean(2).nanmean(0, True).expand(len(self.count), -1)"),
+        ("self.rewards = state[\"rewards\"]", "pass"),
+        ("self.count = state[\"count\"]", "pass"),
+        ("gain = rewards - baseline", "gain = rewards - rewards.nanmean(0)"),
+        ("gain = gain - gain.nanmean(0)", "gain = gain"),
+        ("gain.square().nanmean(0).sqrt()", "gain.square().nanmean().sqrt()"),
+        ("gain / (std + delta)", "gain * (std + delta)"),
+        (".clamp(-clip, clip)", ".clamp(-1, 1)"),
+        ("(reward_hq - reward).clamp(min=0)", "(reward_hq - reward).abs()"),
+        ("(reward_hq - reward).clamp(min=0)", "(reward - reward_hq).clamp(min=0)"),
+        ("/ 1.349, 1e-6)", ", 1e-6)"),
+        ("[0.25, 0.5, 0.75]", "[0.25, 0.4, 0.75]"),
+        ("k * (distance - median)", "k * (median - distance)"),
+        ("def relative_weight(distance, median, spread, k=2.0)", "def relative_weight(distance, median, spread, k=1.0)"),
+        ("distance_sft if spec == \"baseline\" else distance_now", "distance_now"),
+        ("distance_sft if spec == \"baseline\" else distance_now", "distance_sft"),
+    ],
+    "sample.py": [
+        ("(z_t - spread * output) / signal, output", "(z_t - output) / signal, output"),
+        ("signal * output + spread * z_t", "signal * output - spread * z_t"),
+        ("return density.flatten(1).mean(1)", "return density.flatten(1).sum(1)"),
+        ("- s.log() - 0.5", "- 0.5"),
+        ("(1 - a / b).clamp(min=0).sqrt()", "(1 - a / b).clamp(min=0)"),
+        ("(1 - b - sigma_t ** 2).clamp(min=0).sqrt()", "(1 - b).clamp(min=0).sqrt()"),
+        ("(1 - b - sigma_t ** 2).clamp(min=0).sqrt()", "(1 - b - sigma_t ** 2).sqrt()"),
+        ("z_prev = mean + wide(sigma_t, x0) * noise", "z_prev = mean + noise"),
+        ("gaussian_log_prob(z_prev.detach(), mean", "gaussian_log_prob(z_prev, mean.detach()"),
+        ("torch.where(stochastic.to(log_prob.device), log_prob, 0.0)", "log_prob"),
+        (".clamp(max=last)", ""),
+        ("alpha_bar_prev[previous < 0] = scheduler.final_alpha_cumprod", "pass"),
+        ("torch.randn(steps + 1, *restorer.latent_shape(lq), generator=generator)",
+         "torch.randn(steps + 1, 1, *restorer.latent_shape(lq)[1:], generator=generator).expand(-1, len(lq), -1, -1, -1)"),
+        ("z, steps = [noise[0]], []", "z, steps = [noise[1]], []"),
+        ("noise=noise[k + 1], clip_x0=clip", "noise=noise[1], clip_x0=clip"),
+        ("(predict or restorer.predict)(z[k], t[k].expand(count), condition)", "(predict or restorer.predict)(z[k], t[0].expand(count), condition)"),
+        ("z_prev=path.z[k + 1]", "z_prev=path.z[k]"),
+        ("restorer.predict(path.z[k], path.t[k].expand(count)", "restorer.predict(path.z[k], path.t[0].expand(count)"),
+        ("self.sigma_t.nonzero().flatten().tolist()", "list(range(len(self.sigma_t)))"),
+        ("weight[own] += window", "weight[own] += 1"),
+        ("if target.exists():", "if False:"),
+        ("if target in pairs:", "if False:"),
+        ("out.resolve().is_relative_to(name.resolve())", "False"),
+    ],
+    "sft.py": [
+        ("wide(alpha_bar_t.sqrt(), z0) * z0 + wide", "z0 + wide"),
+        ("* eps - wide((1 - alpha_bar_t).sqrt(), z0) * z0", "* eps + wide((1 - alpha_bar_t).sqrt(), z0) * z0"),
+        ("slices = torch.randperm(count, generator=generator)", "slices = torch.arange(count)"),
+        ("(slices + torch.rand(count, generator=generator)) / count", "torch.rand(count, generator=generator)"),
+        ("alphas_cumprod[t.cpu()]", "alphas_cumprod[t.cpu().flip(0)]"),
+        (".flatten(1).mean(1)", ".flatten(1).sum(1)"),
+        ("peak * min(1.0, (step + 1) / warmup)", "peak"),
+        ("(floor + (1 - floor) * cosine)", "cosine"),
+        ("restorer.weights(), 1 - decay)", "restorer.weights(), decay)"),
+        ("restorer.load_state_dict(state[\"weights\"])", "pass"),
+        ("average.load_state_dict(state[\"average\"])", "pass"),
+        ("optimizer.load_state_dict(optimizer.state_dict() | {\"state\": state[\"optimizer\"]})", "pass"),
+        ("total - done, done)", "total - done, 0)"),
+        ("gen = generator(cfg.seed, 2, i)", "gen = generator(cfg.seed, 2, i - start)"),
+        ("t[own].to(lq.device), eps[own]", "t[:len(lq)].to(lq.device), eps[:len(lq)]"),
+        ("average.save(out / \"model\")", "restorer.save(out / \"model\")"),
+        ("optimizer.param_groups[0][\"lr\"] = learning_rate", "_ = learning_rate"),
+        ("new_run(out, cfg.resume)", "new_run(out, True)"),
+    ],
+    "rl.py": [
+        ("torch.maximum(-advantage * ratio, -advantage * clipped)", "torch.minimum(-advantage * ratio, -advantage * clipped)"),
+        ("torch.maximum(-advantage * ratio, -advantage * clipped)", "-advantage * ratio"),
+        ("ratio = (log_prob - old_log_prob).exp()", "ratio = (old_log_prob - log_prob).exp()"),
+        ("/ (2 * sigma_t.to(mean.device) ** 2)", "/ sigma_t.to(mean.device) ** 2"),
+        ("path.log_prob[k], advantage, CLIP_RANGE", "step.log_prob.detach(), advantage, CLIP_RANGE"),
+        ("advantage = batch[\"advantage\"][:, k]", "advantage = batch[\"advantage\"][:, 0]"),
+        ("ref_mean = replay(reference, path", "ref_mean = replay(restorer, path"),
+        ("(w * rl).mean()", "rl.mean()"),
+        ("((1 - w) * cfg.sft_coef * sft).mean()", "(cfg.sft_coef * sft).mean()"),
+        ("((1 - w) * cfg.sft_coef * sft).mean()", "((1 - w) * sft).mean()"),
+        ("(cfg.kl_coef * kl).mean()", "((1 - w) * cfg.kl_coef * kl).mean()"),
+        ("batch[\"t\"], batch[\"eps\"])\n    with", "batch[\"t\"] * 0, batch[\"eps\"])\n    with"),
+        ("clean = [*path.x0[1:], path.z[-1]]", "clean = [*path.x0, path.z[-1]][:cfg.steps - 1] + [path.z[-1]]"),
+        ("judge(restorer.decode(clean[k], y), x)", "judge(restorer.decode(clean[k], x), x)"),
+        ("z0 = restorer.encode(x, y)", "z0 = restorer.encode(x.flip(0), y)"),
+        ("noise[:, part]))", "noise[:, :len(part)]))"),
+        ("if rewards.isnan().all():", "if False:"),
+        ("usable = usable[torch.randperm(len(usable), generator=gen)].tolist()", "usable = usable.tolist() * 2"),
+        ("x[batch[\"own\"]].to(accelerator.device) for x in (t, eps)", "x[:len(batch[\"own\"])].to(accelerator.device) for x in (t, eps)"),
+        ("t, eps = draw_noise(restorer, lq, gen)\n        for", "t, eps = draw_noise(restorer, lq, generator(0))\n        for"),
+        ("part * len(batches)\n", "1\n"),
+        ("if accelerator.sync_gradients:\n                update_average", "if True:\n                update_average"),
+        ("norm = accelerator.clip_grad_norm_(restorer.weights(), CLIP_NORM)", "norm = torch.ones(())"),
+        ("optimizer.zero_grad()", "pass"),
+        ("row[\"ratio_error\"] = logs[0]", "row[\"ratio_error\"] = logs[-1]"),
+        ("if not math.isfinite(row[\"grad_norm\"]):", "if False:"),
+        ("if cap == \"hq\" else rewards", "if cap == \"none\" else rewards"),
+        ("for key in (\"val_psnr_y\", \"val_psnr\"))", "for key in (\"val_psnr_y\",))"),
+        ("kept and row[\"val_reward\"] > best[\"val_reward\"]", "kept"),
+        ("kept and row[\"val_reward\"] > best[\"val_reward\"]", "row[\"val_reward\"] > best[\"val_reward\"]"),
+        ("cfg.inputs % processes == cfg.pool % processes == 0", "True"),
+        ("open_split(cfg, \"val\"), open_split(cfg, \"test\")", "open_split(cfg, \"val\"), open_split(cfg, \"train\")"),
+        ("open_split(cfg, \"val\"), open_split(cfg, \"test\")", "open_split(cfg, \"train\"), open_split(cfg, \"test\")"),
+        ("degrade, source = get_task(cfg.task), open_split(cfg, \"train\")", "degrade, source = get_task(cfg.task), open_split(cfg, \"test\")"),
+        ("restorer.train_only(cfg.trainable)", "restorer.train_only(\"all\")"),
+        ("reference, average = restorer.frozen_copy(), restorer.frozen_copy()", "reference, average = restorer.frozen_copy(), restorer"),
+        ("reference, average = restorer.frozen_copy(), restorer.frozen_copy()", "reference, average = restorer, restorer.frozen_copy()"),
+        ("judge = views(load_reward(cfg.reward, device), cfg.views)", "judge = load_reward(cfg.reward, device)"),
+        ("if info[\"photographs\"] != photographs:", "if False:"),
+        ("((restorer, \"weights\"), (average, \"average\"), (memory, \"memory\"))", "((restorer, \"weights\"), (average, \"average\"))"),
+        ("((restorer, \"weights\"), (average, \"average\"), (memory, \"memory\"))", "((restorer, \"weights\"), (memory, \"memory\"))"),
+        ("optimizer.load_state_dict(optimizer.state_dict() | {\"state\": state[\"optimizer\"]})", "pass"),
+        ("start, rows, chosen = info[\"iteration\"]", "start, rows, chosen = info[\"iteration\"] - 1"),
+        ("gen = generator(cfg.seed, 20, n)", "gen = generator(cfg.seed, 20)"),
+        ("memory.push(torch.arange(cfg.pool), counted(rewards, reward_hq, cfg.cap))", "pass"),
+        ("generator(cfg.seed, 21, iteration)\n", "generator(cfg.seed, 21)\n"),
+        ("lq[ids], hq[ids], gen, cfg, accelerator)", "lq[ids], hq[ids.flip(0)], gen, cfg, accelerator)"),
+        ("gains = counted(rewards, reward_hq[ids], cfg.cap)", "gains = counted(rewards, reward_hq[:len(ids)], cfg.cap)"),
+        ("advantages(gains, known[ids])", "advantages(gains, known[:len(ids)])"),
+        ("advantages(gains, known[ids])", "advantages(rewards, known[ids])"),
+        ("        memory.push(ids, gains)\n", ""),
+        ("distance = iqa_gap(known[:, -1], reward_hq)\n", "distance = iqa_gap(known[:, 0], reward_hq)\n"),
+        ("weights(cfg.weight, distance[ids], distance_sft, distance)", "weights(cfg.weight, distance[:len(ids)], distance_sft, distance)"),
+        ("weights(cfg.weight, distance[ids], distance_sft, distance)", "weights(cfg.weight, distance[ids], distance, distance)"),
+        ("batch[\"advantage\"] = advantage[batch[\"own\"]]", "batch[\"advantage\"] = advantage[:len(batch[\"own\"])]"),
+        ("batch[\"weight\"] = weight[batch[\"own\"]]", "batch[\"weight\"] = weight[:len(batch[\"own\"])]"),
+        ("optimizer.param_groups[0][\"lr\"] = peak", "pass"),
+        ("best = {name: x.clone() for name, x in average.state_dict().items()}\n            chosen", "best = average.state_dict()\n            chosen"),
+        ("chosen = iteration + 1\n        if main", "chosen = 0\n        if main"),
+        ("    average.load_state_dict(best)\n    if main", "    if main"),
+        ("average.save(out / \"model\")", "restorer.save(out / \"model\")"),
+        ("report(cfg, reference, average, test_source", "report(cfg, average, reference, test_source"),
+        ("report(cfg, reference, average, test_source", "report(cfg, reference, average, val_source"),
+    ],
+    "eval.py": [
+        ("color = images - images.mean(1, keepdim=True)", "color = images"),
+        ("color.diff(dim=2).abs(), color", "color.diff(dim=3).abs(), color"),
+        ("-metric(images, refs)", "metric(images, refs)"),
+        ("to_uint8(x).float() / 127.5 - 1 for x in images", "x for x in images"),
+        ("if small and name in OF_SETS:", "if False:"),
+        ("elif name in FIDELITY and border:", "elif False:"),
+        ("generator(seed, 8, number)", "generator(0, 8, number)"),
+        ("generator(seed, 8, number)", "generator(seed, 8)"),
+        ("steps or restorer.defaults[\"steps\"], eta, noise", "restorer.defaults[\"steps\"], eta, noise"),
+        ("values = values[~values.isnan()]", "pass"),
+        ("values - others)\n    count", "others - values)\n    count"),
+        ("t.ppf(0.975, count - 1)", "t.ppf(0.95, count - 1)"),
+        ("if drop > 0 and gain > best:", "if gain > best:"),
+        ("if a <= psnr_drop <= b:", "if False:"),
+        ("return 8 * top, 8 * left", "return top, left"),
+        ("if score > best else \"\"", "if score < best else \"\""),
+        ("held_out(source, degrade, cfg.size, cfg.count)", "held_out(source, degrade, cfg.size, 4)"),
+    ],
+}
+TESTS = {"rl.py": ["test_rl.py"], "eval.py": ["test_eval.py", "test_rl.py"]}
+
+
+def survives(copy, file, old, new):
+    """Whether the tests of `file` pass although `old` was replaced by `new` in a copy."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert text.count(old) == 1, f"{file}: {text.count(old)} times: {old}"
+    (copy / file).write_text(text.replace(old, new), encoding="utf-8")
+    names = TESTS.get(file, [f"test_{file}"])
+    tests = [str(copy / "tests" / name) for name in names]
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *tests], cwd=copy,
+                          capture_output=True)
+    (copy / file).write_text(text, encoding="utf-8")
+    return done.returncode == 0
+
+
+def main():
+    only, first, last = (sys.argv[1:] + ["", "0", "999"][len(sys.argv) - 1:])[:3]
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__"))
+        for file, mutants in MUTANTS.items():
+            for number, (old, new) in enumerate(mutants):
+                if only in ("", file) and int(first) <= number <= int(last):
+                    alive = survives(copy, file, old, new)
+                    print(f"{file} {number}: {'SURVIVES' if alive else 'dies'}: {new}", flush=True)
+                    survivors += [(file, old)] * alive
+    print(f"{len(survivors)} survive")
+    sys.exit(len(survivors))
+
+
+if __name__ == "__main__":
+    main()
