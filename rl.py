@@ -215,9 +215,9 @@ class Config:
     seed: int = option(0, "seed of inputs, sampler and losses", least=0)
     # rollout and reward
     iterations: int = option(20, "rounds of rollout and update", least=1)
-    inputs: int = option(64, "lq images per iteration", least=1)
+    inputs: int = option(128, "lq images per iteration", least=1)
     samples: int = option(1, "restorations of each", least=1)
-    pool: int = option(256, "training crops that come back; each has a memory", least=2)
+    pool: int = option(512, "training crops that come back; each has a memory", least=2)
     size: int = option(64, "side of a crop in pixels", least=16)
     steps: int = option(0, "DDIM steps; 0: as the SFT restorer was trained", least=0)
     eta: float = option(1.0, "stochasticity of the policy, above 0", least=0.01)

@@ -126,6 +126,7 @@ def test_what_a_wrapped_net_saves_loads_with_identical_outputs(restorer, tmp_pat
 def test_the_stock_pipeline_runs_the_saved_folder_and_agrees(family, tmp_path):
     import diffusers
     restorer = TINY[family]()
+    noise = normal(restorer)
     shake(restorer)  # so that a ControlNet's zero layers let something pass
     options = {"num_inference_steps": 2, "output_type": "pt", "image": model.shrink(LQ, 4)}
     if family == "ldm-sr":
@@ -133,8 +134,7 @@ def test_the_stock_pipeline_runs_the_saved_folder_and_agrees(family, tmp_path):
     else:
         text = {"prompt": "sharp photo", "guidance": 3.0}
         restorer = type(restorer)(restorer.net, restorer.scheduler, restorer.frozen, text)
-        options |= {"prompt": ["sharp photo"] * 2, "guidance_scale": 3.0}
-        options |= {"latents": normal(restorer)}
+        options |= {"prompt": [text["prompt"]] * 2, "guidance_scale": 3.0, "latents": noise}
     restorer.save(tmp_path / "r")
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "r")
     if family == "sd-controlnet":
@@ -143,8 +143,8 @@ def test_the_stock_pipeline_runs_the_saved_folder_and_agrees(family, tmp_path):
         options["noise_level"] = restorer.settings["noise_level"] = 0
         for part in (pipe.low_res_scheduler, restorer.frozen["low_res_scheduler"]):
             part.alphas_cumprod = torch.ones(1000)
-    noise = normal(restorer).expand(3, -1, -1, -1, -1)
-    z0 = rollout(restorer, restorer.condition(LQ, generator(3)), noise, eta=0.0).z[-1]
+    condition = restorer.condition(LQ, generator(3))
+    z0 = rollout(restorer, condition, noise.expand(3, *noise.shape), eta=0.0).z[-1]
     image = torch.as_tensor(pipe(**options).images)
     assert torch.allclose((restorer.decode(z0, LQ) + 1) / 2, image, atol=1e-4)
 
@@ -161,8 +161,7 @@ def test_plain_stable_diffusion_gets_a_controlnet_and_keeps_its_schedule(tmp_pat
     assert asked == [model.HUB["sd-controlnet"]]
     kept = {"beta_end": 0.01, "steps_offset": 1, "prediction_type": "v_prediction"}
     assert fresh.scheduler.config.items() >= (kept | {"clip_sample": False}).items()
-    unet = whole.frozen["unet"].down_blocks
-    assert equal(fresh.net.down_blocks.parameters(), unet.parameters())
+    assert equal(fresh.net.mid_block.parameters(), whole.frozen["unet"].mid_block.parameters())
     shake(whole)
     whole.net.save_pretrained(tmp_path / "trained")
     trained = model.load(str(tmp_path / "sd"), controlnet=str(tmp_path / "trained"))
@@ -210,9 +209,8 @@ def test_the_shipped_weights_fit_the_code(photo_folder):
 
 def test_the_script_makes_a_restorer_with_its_options(tmp_path, monkeypatch):
     TINY["sd-x4-upscaler"]().save(tmp_path / "a")
-    monkeypatch.setattr(sys, "argv", [
-        "model.py", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "b"),
-        "--prompt", "sharp", "--guidance", "2", "--noise-level", "40"])
+    words = f"--model {tmp_path}/a --out {tmp_path}/b --prompt sharp --guidance 2 --noise-level 40"
+    monkeypatch.setattr(sys, "argv", ["model.py", *words.split()])
     model.main()
     written = json.loads((tmp_path / "b/restorer.json").read_text())
     assert written.items() >= {"prompt": "sharp", "guidance": 2.0, "noise_level": 40}.items()
