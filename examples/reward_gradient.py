@@ -17,7 +17,7 @@ import reward  # noqa: E402
 import rl  # noqa: E402
 from sample import rollout  # noqa: E402
 from sft import diffusion_loss  # noqa: E402
-from utils import UserError, parse, run_main  # noqa: E402
+from utils import UserError, parse, pick_device, run_main  # noqa: E402
 
 
 def make_step_loss(judge):
@@ -38,7 +38,7 @@ def make_step_loss(judge):
 
 def main():
     cfg = parse(rl.Config)
-    judge = reward.load(cfg.reward)
+    judge = reward.load(cfg.reward, pick_device())
     if not hasattr(judge, "scores"):
         raise UserError(f"--reward {cfg.reward}: has no gradient; take a judge by level words")
     rl.train(cfg, make_step_loss(judge))

@@ -277,7 +277,28 @@ def test_memory_advantage_difficulty_and_weight_are_of_the_right_samples(changes
     assert len(set(starts)) == len(starts)  # other noise in every iteration
 
 
-def test_reference_stays_and_average_is_judged_and_the_best_is_kept(run, monkeypatch):
+def test_each_split_is_used_for_what_it_is_and_settings_arrive(run, monkeypatch):
+    pools, held, seen = spy(monkeypatch, "pool"), spy(monkeypatch, "held_out"), spy(monkeypatch, "views")
+    reports, rates, update = [], [], rl.update
+
+    def watched(*args):
+        rates.append(args[3].param_groups[0]["lr"])
+        return update(*args)
+    monkeypatch.setattr(rl, "update", watched)
+    monkeypatch.setattr(rl, "report", lambda *args: reports.append(args))
+    folder = run("splits", views=3)
+    assert len(pools[0][0][0]) == 3 and all("train/" in name for name in pools[0][0][0].names)
+    assert held[0][0][0].names == ["val/flag"] and seen[0][0][1] == 3
+    cfg, reference, average, source, *_ = reports[0]
+    assert source.names == ["test/cat"]
+    assert rates == [rl.learning_rate(i, 4, 1e-3, rl.WARMUP, rl.FLOOR) for i in range(4)]
+    saved, start = rl.load(str(folder / "model")), rl.load(str(folder.parent / "start"))
+    for other, kept in ((start, reference), (saved, average)):
+        other.train_only("modulation")
+        assert all(torch.equal(a, b) for a, b in zip(other.weights(), kept.weights()))
+
+
+def test_reference_stays_and_average_is_judged_and_the_best_is_kept(run, monkeypatch, capsys):
     updated, looks = spy(monkeypatch, "update"), []
     scores = iter([0.1, 0.3, 0.9, 0.5])  # at the start, and after iterations 2, 4, 6
 
@@ -293,7 +314,7 @@ def test_reference_stays_and_average_is_judged_and_the_best_is_kept(run, monkeyp
     for start, now, ref in zip(looks[0], restorer.weights(), reference.weights()):
         assert torch.equal(start, ref) and not torch.equal(start, now)
     assert all(torch.equal(a, b) for a, b in zip(saved.weights(), looks[2]))
-    assert len(looks) == 4
+    assert len(looks) == 4 and "average of iteration 4" in capsys.readouterr().out
 
 
 def test_ratio_is_one_at_the_first_micro_batch(run):
@@ -349,6 +370,12 @@ def test_other_photographs_are_refused_on_resume(run, monkeypatch):
 def test_bad_settings_are_named(changes, words, run):
     with pytest.raises(UserError, match=words):
         run("bad", **changes)
+
+
+def test_uneven_shares_of_processes_are_named(tiny_restorer):
+    for changes in ({"inputs": 5}, {"pool": 7}):
+        with pytest.raises(UserError, match="2 processes"):
+            rl.check(replace(SMALL, **changes), tiny_restorer(), 2)
 
 
 @pytest.mark.parametrize("script, words", (

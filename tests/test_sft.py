@@ -9,7 +9,7 @@ import sft
 from sample import predict_x0
 from sft import (Config, add_noise, diffusion_loss, draw_noise, learning_rate, target_of, train,
                  update_average)
-from utils import UserError
+from utils import UserError, load_checkpoint
 
 
 class Fake:
@@ -108,6 +108,21 @@ def run(tmp_path, tiny_restorer, photo_folder, monkeypatch):
 
 def weights(folder):
     return (folder / "model/unet/diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def test_the_average_is_saved_and_the_rate_follows_its_schedule(run, monkeypatch):
+    rates, original = [], sft.learning_rate
+    monkeypatch.setattr(sft, "update_average", lambda average, restorer, decay: rates.append(
+        optimizers[0].param_groups[0]["lr"]) or update_average(average, restorer, 0.5))
+    optimizers, adamw = [], torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **more: optimizers.append(
+        adamw(*args, **more)) or optimizers[0])
+    folder = run("rates")
+    assert rates == [original(i, 6, 1e-3, 0.6) for i in range(6)]
+    state, _ = load_checkpoint(folder / "checkpoint.safetensors")
+    saved = sft.load(str(folder / "model")).state_dict()
+    assert all(torch.equal(saved[name], x) for name, x in state["average"].items())
+    assert any(not torch.equal(saved[name], x) for name, x in state["weights"].items())
 
 
 def test_resumed_training_equals_unstopped_and_workers_change_nothing(run, monkeypatch):
