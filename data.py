@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import utils
@@ -258,10 +258,15 @@ class Source:
     def __len__(self):
         return len(self.paths)
 
+    def fingerprint(self):
+        """Changes when an image is added, removed or renamed."""
+        return hashlib.sha1("\n".join(self.names).encode()).hexdigest()
+
     @lru_cache(16)  # the latest images stay decoded
     def __getitem__(self, index):
         lq, hq = self.paths[index]
-        shrink = 2 if hq.parent.name in FOLDERS[3] else 1  # large JPEGs, whose blocks vanish
+        large = hq.parent.as_posix().endswith(FOLDERS[3])  # JPEGs, whose blocks vanish if halved
+        shrink = 2 if large else 1
         hq = F.avg_pool2d(utils.read_image(hq), shrink)
         if lq is None:
             return None, utils.to_uint8(hq)
@@ -411,12 +416,11 @@ class Crops(Dataset):
         return crops[0], crops[1]
 
 
-def pool(source, degrade, size, seed, count, workers=0):
-    """(lq, hq), (count, 3, size, size): the items of Crops, decoded by `workers` processes."""
+def pool(source, degrade, size, seed, count):
+    """(lq, hq), (count, 3, size, size) each: the items of Crops."""
     crops = Crops(source, degrade, size, seed, count)
-    loader = DataLoader(crops, 8, num_workers=workers, generator=torch.Generator())  # not global
-    lq, hq = zip(*progress(loader, "decoding"))
-    return torch.cat(lq), torch.cat(hq)
+    lq, hq = zip(*(crops[i] for i in progress(range(count), "decoding")))
+    return torch.stack(lq), torch.stack(hq)
 
 
 def fine_detail(crop):
@@ -473,11 +477,13 @@ def main():
     for index in progress(range(len(source)), "decoding"):
         try:
             source[index]
+            if min(source[index][1].shape[1:]) < cfg.size:
+                raise utils.UserError(f"{source.paths[index][1]}: is less than a crop")
         except utils.UserError as error:
             print(error)
             bad += 1
     if bad:
-        raise utils.UserError(f"{bad} of {len(source)} images cannot be read")
+        raise utils.UserError(f"{bad} of {len(source)} images cannot be used, see above")
     crops = pool(source, get_task(cfg.task), cfg.size, 0, 8)
     out = f"runs/data/{'pairs' if cfg.lq else cfg.task}.png"
     utils.write_image(out, torch.cat([torch.cat([*images], 2) for images in crops], 1))

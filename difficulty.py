@@ -13,7 +13,7 @@ Notation      symbol     shape
 
 Chosen here because the paper's text is not public [R]:
  1. mean(h_i) holds no reward of the present batch, so it does not depend on the sample it judges,
-    and the policy gradient stays unbiased. It lags behind a policy that moves. The offset that all
+    and adds no bias to the policy gradient. It lags behind a policy that moves. The offset that all
     inputs share is taken away with the batch's mean; what the lag differs by from input to input
     stays, as variance. Subtracting each input's own mean of this batch would remove it, and
     mean(h_i) with it: the memory would be there in name only.
@@ -87,16 +87,8 @@ def median_spread(distance):
     return middle.item(), max((high - low).item() / 1.349, 1e-6)
 
 
-def relative_weight(distance, median, spread, k=2.0):
-    """w = sigmoid(k (d - m) / s), (B,) -> (B,) in (0, 1): 0.5 at the median, more for the harder.
-
-    0 where the distance is NaN: nothing is known there, so SFT only.
-    """
-    return torch.sigmoid(k * (distance - median) / spread).nan_to_num(0.0)
-
-
 def weights(spec, distance, distance_sft, distance_now):
-    """The weight of each sample, (B,) in [0, 1], from its distance (B,).
+    """w = sigmoid(2 (d - m) / s) of distances (B,): 0.5 at the median m, more for the harder.
 
     spec: "baseline", relative to the distances (N,) of the SFT model, so that w falls and SFT takes
     over as training brings samples close to their ground truth; "running", relative to those of the
@@ -109,4 +101,5 @@ def weights(spec, distance, distance_sft, distance_now):
     if spec not in ("baseline", "running"):
         raise ValueError(f"weight {spec}: expected baseline, running or fixed:W with W in [0, 1]")
     m, s = median_spread(distance_sft if spec == "baseline" else distance_now)
-    return relative_weight(distance, m, s)
+    w = torch.sigmoid(2 * (distance - m) / s)
+    return w.nan_to_num(0.0)  # where nothing is known, SFT only

@@ -12,11 +12,10 @@
 Chosen here:
  1. Two models see the same noise, of (seed, number of the first image): paired differences.
  2. brisque and niqe say nothing on a crop of 64 pixels: images under 192 pixels are laid out as one
-    mosaic per model, which has one score (the features of all crops together).
+    mosaic per model, which has one score; its seams are in it, for all models alike.
  3. Images are rounded to 8 bits; --border pixels are cut for psnr_y, psnr and ssim: compare only
     numbers of the same border, it alone moves PSNR by up to 1 dB.
- 4. The small judges learned crops of 64 x 64: they score larger images by the mean over such tiles.
- 5. The sampler's own front (--front): what other numbers of steps and eta do to the first model,
+ 4. The sampler's own front (--front): what other numbers of steps and eta do to the first model,
     for no training. RL is worth its price only beyond it, at the same PSNR-Y.
 
     python eval.py weights/sr runs/sr-0/model                        # laptop: two restorers
@@ -26,6 +25,7 @@ Chosen here:
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -41,7 +41,7 @@ from utils import (UserError, atomic, generator, new_run, option, parse, pick_de
 INSTRUMENTS = ["judge", "judge2", "pyiqa:lpips", "pyiqa:brisque"]  # in every table
 OF_SETS = ("pyiqa:brisque ↓", "pyiqa:niqe ↓")                      # need 192 pixels or more
 FIDELITY = {"psnr_y": psnr_y, "psnr": psnr, "ssim": ssim}
-FRONT = ((4, 1.0), (6, 1.0), (8, 1.0), (10, 1.0), (5, 0.8), (5, 0.5), (5, 0.0))  # steps, eta
+FRONT = ((0.8, 1.0), (1.2, 1.0), (1.6, 1.0), (2.0, 1.0), (1.0, 0.8), (1.0, 0.5), (1.0, 0.0))
 REGION = 160  # pixels, side of what the picture shows of a photograph
 
 
@@ -57,19 +57,6 @@ def color_step(images, refs=None):
     return 127.5 * torch.cat([down.flatten(1), right.flatten(1)], 1).mean(1)
 
 
-def on_tiles(judge, side=64):
-    """A judge of larger images: the mean of its scores over disjoint tiles, centred."""
-    def tiles(x):
-        edge = min(side, *x.shape[2:])
-        top, left = (length % edge // 2 for length in x.shape[2:])
-        x = x[..., top:, left:].unfold(2, edge, edge).unfold(3, edge, edge)
-        return x.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, edge, edge)
-
-    def mean(images, refs):
-        return judge(tiles(images), tiles(refs)).view(len(images), -1).mean(1)
-    return mean
-
-
 def load_metrics(names, device):
     """{name: metric(images, refs) -> (B,)}, each in its own direction; ↓: lower is better.
 
@@ -78,13 +65,13 @@ def load_metrics(names, device):
     metrics = {}
     for name in names:
         if not ready(name.removeprefix("pyiqa:")):
-            print(f"{name}: left out, pyiqa or its parameters are not on this machine")
+            print(f"{name}: left out, its parameters are not here (reward.py would fetch them)")
             continue
         metric = load_reward(name, device)
         if getattr(metric, "sign", 1) < 0:
             metrics[f"{name} ↓"] = lambda images, refs, metric=metric: -metric(images, refs)
         else:
-            metrics[name] = on_tiles(metric) if name in ("judge", "judge2") else metric
+            metrics[name] = metric
     return metrics
 
 
@@ -136,18 +123,20 @@ def evaluate(restorer, batches, metrics, steps=0, eta=1.0, seeds=1, border=0):
             number += len(lq)
         runs.append(measure(metrics, images, [hq for _, hq in batches], border))
         first = first or images
-    return {name: torch.stack([run[name] for run in runs]).mean(0) for name in runs[0]}, first
+    return {name: torch.stack([run[name] for run in runs]).nanmean(0) for name in runs[0]}, first
 
 
 def compare(restorers, batches, metrics, steps=0, eta=1.0, seeds=3, border=0, front=()):
     """{row: {metric: (N,)}} of lq, each of `restorers` (name -> restorer), and hq.
 
-    front: other (steps, eta) at which the first restorer is measured, too.
+    front: (share of the steps, eta), at which the first restorer is measured, too.
     """
     tested = {"lq": (None, 0, 0.0)}
     tested |= {name: (restorer, steps, eta) for name, restorer in restorers.items()}
     base, first = next(iter(restorers.items()))
-    tested |= {f"{base}, {n} steps, eta {x}": (first, n, x) for n, x in front}
+    for share, x in front:
+        n = round(share * (steps or first.defaults["steps"]))
+        tested[f"{base}, {n} steps, eta {x}"] = (first, n, x)
     rows = {}
     bar = tqdm(tested.items(), "eval", unit="model")
     for name, (restorer, n, x) in bar:
@@ -182,32 +171,36 @@ def cell(mean, width, sign=""):
     return text if math.isnan(width) else f"{text} ± {width:.{digits}f}"
 
 
+def markdown(corner, columns, lines):
+    """A table; lines: {its first cell: {column: text}}."""
+    text = [f"| {corner} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, cells in lines.items():
+        text.append(f"| {name} | " + " | ".join(cells.get(key, "-") for key in columns) + " |")
+    return "\n".join(text)
+
+
 def format_table(rows):
     """{row: {metric: (N,)}} -> Markdown: mean ± standard error over the images."""
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in rows.items():
-        cells = [cell(*mean_error(row[key])) if key in row else "-" for key in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    lines = {name: {key: cell(*mean_error(x)) for key, x in row.items()}
+             for name, row in rows.items()}
+    return markdown("", columns, lines)
 
 
 def format_differences(rows, base, names):
     """Markdown: each of `names` minus `base`, mean ± half of its 95 % interval; their mean."""
-    columns = list(rows[base])
-    lines = [f"| minus {base}, 95 % | " + " | ".join(columns) + " |",
-             "|---" * (len(columns) + 1) + "|"]
+    lines, means = {}, {key: [] for key in rows[base]}
     for name in names:
-        cells = [cell(*interval(rows[name][key], rows[base][key]), "+") for key in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    models = [name for name in names if not name.startswith(f"{base}, ")]
-    if len(models) > 1:
-        cells = []
-        for key in columns:
-            means = [mean_error(rows[name][key] - rows[base][key])[0] for name in models]
-            cells.append(cell(*mean_error(torch.tensor(means)), "+"))
-        lines.append(f"| mean of {len(models)} ± error over them | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines[name] = {}
+        for key, others in rows[base].items():
+            lines[name][key] = cell(*interval(rows[name][key], others), "+")
+            if not name.startswith(f"{base}, "):  # not of the front
+                means[key].append(mean_error(rows[name][key] - others)[0])
+    count = len(next(iter(means.values())))
+    if count > 1:
+        lines[f"mean of {count} ± error over them"] = {
+            key: cell(*mean_error(torch.tensor(x)), "+") for key, x in means.items()}
+    return markdown(f"minus {base}, 95 %", list(rows[base]), lines)
 
 
 def write_scores(path, rows, names):
@@ -225,15 +218,11 @@ def gain_on_front(points, psnr_drop):
 
     points: (drop, gain) of other steps and eta, from which the front is taken, linear in between.
     """
-    best, front = 0.0, [(0.0, 0.0)]
+    front = [(0.0, 0.0)]
     for drop, gain in sorted(points):
-        if drop > 0 and gain > best:
-            best = gain
+        if drop > 0 and gain > front[-1][1]:
             front.append((drop, gain))
-    for (a, low), (b, high) in zip(front, front[1:]):
-        if a <= psnr_drop <= b:
-            return low + (high - low) * (psnr_drop - a) / (b - a)
-    return best if psnr_drop > 0 else 0.0
+    return float(np.interp(psnr_drop, *zip(*front)))
 
 
 def format_front(rows, base, others, names, key="pyiqa:lpips ↓"):
@@ -257,7 +246,7 @@ def describe(rows, names):
     if others or front:
         parts.append(format_differences(rows, base, others + front))
     if front and "pyiqa:lpips ↓" in rows[base]:
-        parts.append(format_front(rows, base, front, others + front))
+        parts.append(format_front(rows, base, front, others))
     return "\n\n".join(parts)
 
 
@@ -362,6 +351,8 @@ def main():
     cfg, folders = parse(Config, positional="folders of saved restorers")
     if not folders:
         raise UserError("no model: give one or more folders of restorers, as weights/sr")
+    if cfg.steps > 1000:
+        raise UserError(f"--steps {cfg.steps}: must be at most 1000")
     out = new_run(cfg.out) if cfg.out else None
     device = pick_device()
     restorers = {name: load(name, device=device, dtype=cfg.dtype) for name in folders}
@@ -383,7 +374,7 @@ def main():
         with atomic(out / "table.md") as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
         write_scores(out / "scores.csv", rows, names)
-        judge = on_tiles(load_reward("judge", device))
+        judge = metrics.get("judge") or load_reward("judge", device)
         save_regions(out / "regions.png", source, degrade, restorers, judge, cfg.steps, cfg.eta)
         print(f"wrote {out}/table.md, scores.csv, regions.png")
 

@@ -21,20 +21,19 @@ Chosen here because the paper trains Stable Diffusion, which no laptop does:
  3. Weights are float32, `dtype` is of the arithmetic. Guidance is inside `predict`, so that
     rollout and update cannot differ.
 
-    python model.py                                             # laptop: what is shipped for sr
-    python model.py --model sd-controlnet --out my-restorer     # GPU: from published weights
+    python rl.py --model weights/sr                     # laptop: what is shipped
+    python -c 'import model; model.load("sd-controlnet", controlnet="ID").save("my-restorer")'
 """
 
 import copy
 import importlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from utils import UserError, atomic, new_run, option, parse, run_main, write_json
+from utils import UserError, atomic, one_line, write_json
 
 # Norms and time embeddings learn no filters; the layers a ControlNet adds to a UNet start at zero.
 PARTS = {"all": ("",), "modulation": ("norm", "time_emb", "controlnet_")}
@@ -95,8 +94,16 @@ class Restorer:
         """(B, C, h, w) of z for lq (B, 3, H, W)."""
         return len(lq), self.channels, lq.shape[2] // self.factor, lq.shape[3] // self.factor
 
+    def check_size(self, size):
+        if size % self.multiple:
+            raise UserError(f"--size {size}: must be a multiple of {self.multiple}")
+
     def condition(self, lq, generator=None):
-        """What the network sees of lq, made once per restoration; a CPU generator for noise."""
+        """What the network sees of lq, made once per restoration; a CPU generator for noise.
+
+        rl.py calls it with lq on the CPU: a network of its own would be moved there, or made part
+        of `forward`.
+        """
         return lq
 
     def predict(self, z_t, t, condition):
@@ -139,7 +146,10 @@ class Restorer:
         return other
 
     def to(self, device, dtype=torch.float32):
-        """dtype: of the networks' arithmetic."""
+        """dtype: of the networks' arithmetic; float32 on a CPU for which bfloat16 is slow."""
+        slow = "AVX512" not in torch.backends.cpu.get_cpu_capability()
+        if torch.device(device).type == "cpu" and slow:
+            dtype = torch.float32
         for network in (self.net, *self.networks):
             network.to(device)
         self.device, self.dtype = torch.device(device), dtype
@@ -322,7 +332,8 @@ def load(name, task="sr", device="cpu", dtype="float32", controlnet=""):
     if name == "pixel":
         return PixelRestorer.create().to(device, getattr(torch, dtype))
     source = HUB.get(name) or name or shipped(task)
-    try:
+    remedy = "give a complete folder of sft.py, rl.py or diffusers, or a hub id and a network"
+    with one_line(f"--model {source}", remedy):
         if not Path(source).is_dir():
             source = snapshot_download(source, allow_patterns=FILES, ignore_patterns="safety*")
         settings = read_json(Path(source) / "restorer.json")
@@ -333,35 +344,4 @@ def load(name, task="sr", device="cpu", dtype="float32", controlnet=""):
         if controlnet:
             trained = load_part(diffusers.ControlNetModel, controlnet)
             restorer.net.load_state_dict(trained.state_dict())
-    except (OSError, ValueError, RuntimeError, KeyError) as error:  # of four libraries
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"--model {source}: is no {', '.join(FAMILIES)} ({reason}); give a "
-                        "complete folder of sft.py, rl.py or diffusers, or a hub id") from None
     return restorer.to(device, getattr(torch, dtype))
-
-
-@dataclass
-class Config:
-    """Prints what a restorer is; with --out makes one of published weights and these settings."""
-    model: str = option("", "family, hub id or folder; empty: the shipped one for sr")
-    controlnet: str = option("", "sd-controlnet: a trained ControlNet; empty: made of the UNet")
-    prompt: str = option("", "Stable Diffusion: text prompt")
-    guidance: float = option(1.0, "Stable Diffusion: of the prompt; 1: none", least=0)
-    noise_level: int = option(20, "sd-x4-upscaler: noise of lq, 0 to 350", least=0)
-    out: str = option("", "folder to write the restorer to")
-
-
-def main():
-    cfg = parse(Config)
-    restorer = load(cfg.model, controlnet=cfg.controlnet)
-    count = sum(parameter.numel() for parameter in restorer.weights()) / 1e6
-    print(f"{restorer.family}: {count:.2f} million train, {restorer.defaults}, {restorer.settings}")
-    if cfg.out:
-        new_run(cfg.out)
-        for name in restorer.settings.keys() & vars(cfg).keys():
-            restorer.settings[name] = getattr(cfg, name)
-        restorer.save(cfg.out)
-
-
-if __name__ == "__main__":
-    run_main(main)

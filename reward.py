@@ -22,6 +22,7 @@ Chosen here
 
 import contextlib
 import math
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from utils import UserError, option, parse, pick_device, read_image, run_main, to_uint8
+from utils import (UserError, one_line, option, parse, pick_device, read_image, run_main,
+                   to_uint8)
 
 # ---- against a reference: (B, 3, H, W) in [-1, 1] twice -> (B,) ----
 
@@ -92,8 +94,8 @@ RATE = ("What is your overall rating on the quality of this picture? The rating 
         "5 representing excellent quality.")
 WEIGHTS = Path(__file__).parent / "weights"
 JUDGES = {  # arguments of load_judge; the questions are those of the authors, word for word
-    "judge": {"source": str(WEIGHTS / "judge"), "dtype": "float32"},
-    "judge2": {"source": str(WEIGHTS / "judge2"), "dtype": "float32"},  # to check judge
+    "judge": {"source": str(WEIGHTS / "judge"), "dtype": "float32", "tile": 64},
+    "judge2": {"source": str(WEIGHTS / "judge2"), "dtype": "float32", "tile": 64},  # to check it
     "mllm": {"source": ""},
     "qrealign-mini": {"source": "q-future/Q-ReAlign-Mini-0.8B"},
     "qrealign-lite": {"source": "q-future/Q-ReAlign-Lite-4B"},
@@ -123,16 +125,6 @@ FORMS = {  # how an answer begins, and the whole of it
     "answer": ("<answer>", r"<answer>\s*(\d+(?:\.\d+)?)\s*</answer>")}
 
 
-@contextlib.contextmanager
-def one_line(name, remedy):
-    """Turns any error, of transformers, pyiqa, the hub or the device, into a UserError."""
-    try:
-        yield
-    except Exception as error:
-        text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"{name}: cannot be used ({text}); {remedy}") from None
-
-
 def level_tokens(tokenizer, levels, stem):
     """The token of each level word behind the stem; an error unless they are single and differ."""
     space = "" if stem.endswith(" ") else " "  # else a space in front is part of the token
@@ -153,11 +145,22 @@ def parse_rating(text, form):
     return float(found[0]) if 1 <= float(found[0]) <= 5 else math.nan
 
 
+def tiles_of(images, side):
+    """(B, 3, H, W) -> its disjoint tiles (B, n, 3, side, side), centred; a smaller side is whole."""
+    high, wide = (min(side, length) for length in images.shape[2:])
+    top, left = images.shape[2] % high // 2, images.shape[3] % wide // 2
+    x = images[..., top:, left:].unfold(2, high, high).unfold(3, wide, wide)
+    return x.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+
+
 class MLLMJudge:
-    """Scores by level words, of values that fall evenly from 1 to 0, in one forward pass."""
+    """Scores by level words, of values that fall evenly from 1 to 0, in one forward pass.
+
+    tile: side of the crops that a judge has learned; larger images score the mean over such tiles.
+    """
     def __init__(self, model, processor, prompt=PROMPT, stem=STEM, levels=LEVELS, system="",
-                 image_last=False, vision_id=False):  # vision_id: the template numbers the image
-        self.model, self.processor, self.batch = model.eval(), processor, 32
+                 image_last=False, vision_id=False, tile=0):  # vision_id: images are numbered
+        self.model, self.processor, self.batch, self.tile = model.eval(), processor, 32, tile
         parts = [{"type": "image"}, {"type": "text", "text": prompt}]
         turns = [{"role": "user", "content": parts[::-1] if image_last else parts}]
         if system:
@@ -185,7 +188,9 @@ class MLLMJudge:
 
     @torch.no_grad()
     def __call__(self, images, refs=None):
-        return torch.cat([self.score(part) for part in to_uint8(images).split(self.batch)])
+        tiles = tiles_of(to_uint8(images), self.tile or max(images.shape[2:]))
+        parts = tiles.flatten(0, 1).split(self.batch)
+        return torch.cat([self.score(part) for part in parts]).view(len(images), -1).nanmean(1)
 
 
 class RatingJudge(MLLMJudge):
@@ -211,9 +216,10 @@ def load_judge(source, device="cpu", dtype="auto", subfolder="", **options):
     """A judge from a folder or hub id; dtype auto: float32 on a CPU, else that of the weights."""
     import transformers
     transformers.utils.logging.disable_progress_bar()
-    dtype = "float32" if (dtype, device) == ("auto", "cpu") else dtype
+    if dtype == "auto" and torch.device(device).type == "cpu":
+        dtype = "float32"
     where = {"subfolder": subfolder, "trust_remote_code": False}
-    folder = str(Path(source).expanduser())
+    folder = os.path.expanduser(source)
     with one_line(f"judge {source}", "give a complete folder, or a hub id and a network"):
         processor = transformers.AutoProcessor.from_pretrained(folder, **where)
         model, info = transformers.AutoModelForImageTextToText.from_pretrained(

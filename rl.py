@@ -20,18 +20,19 @@ Chosen here:
     same log p, so rho is exactly 1 before the first optimizer step of an iteration.
  3. A reward counts up to the ground truth's own (--cap): to be judged better than a photograph is
     no merit. It is the mean over symmetric views: much of what one view says is noise.
- 4. Each optimizer step has its own half of the denoising steps with sigma_t > 0.
+ 4. Each optimizer step has its own half of the denoising steps with sigma_t > 0; of an odd number
+    one is left out at random.
  5. Ours alone: a running average of the weights is what is judged and kept, the one with the best
     reward on validation photographs among those that lost at most --max-drop dB there.
  6. All random numbers of an iteration come from (seed, iteration), for all samples, of which each
-    process takes its part: several processes, or a resumed run, give the weights of one.
+    process takes its part: several processes give the weights of one to rounding, a resumed run
+    gives those of an unstopped one.
 
     python rl.py --task sr                                                     # laptop, 5 minutes
     accelerate launch rl.py --task sr --model ldm-sr --reward qrealign-mini --data DIR --size 256 \\
         --steps 20 --micro-batch 8                                             # GPUs
 """
 
-import hashlib
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -42,7 +43,7 @@ from tqdm import tqdm
 
 from data import get_task, held_out, open_split, pool
 from difficulty import RewardMemory, advantages, iqa_gap, weights
-from eval import (INSTRUMENTS, compare, describe, evaluate, in_batches, load_metrics, on_tiles,
+from eval import (INSTRUMENTS, compare, describe, evaluate, in_batches, load_metrics,
                   save_curves, save_regions, write_scores)
 from model import load
 from reward import load as load_reward
@@ -61,7 +62,7 @@ AVERAGE = 0.9        # decay of the weight average, per optimizer step
 CLIP_RANGE = 2e-3    # of the ratio of mean log-densities
 CLIP_NORM = 1.0      # longer gradients are scaled down
 LOOK_EVERY = 4       # iterations between checkpoints, each with a look at validation photographs
-RESUMED = ("iterations", "out", "resume", "lr")  # what may change in a resumed run
+RESUMED = ("iterations", "out", "resume", "lr", "micro_batch")  # what may change in a resumed run
 
 
 # ---- losses: per-sample tensors in, (loss, info) out ----
@@ -221,7 +222,7 @@ class Config:
     size: int = option(64, "side of a crop in pixels", least=16)
     steps: int = option(0, "DDIM steps; 0: as the SFT restorer was trained", least=0)
     eta: float = option(1.0, "stochasticity of the policy, above 0", least=0.01)
-    views: int = option(8, "turned and mirrored views of an image that are judged", least=1)
+    views: int = option(8, "turned and mirrored views of an image that are judged", [1, 2, 4, 8])
     reward_mode: str = option("final", "a reward at the end, or at every step", ["final", "step"])
     cap: str = option("hq", "what a reward counts up to: that of hq, or none", ["hq", "none"])
     # loss
@@ -241,24 +242,22 @@ def check(cfg, restorer, processes):
     """Raises UserError for settings that cannot work together, before anything is written."""
     local = cfg.inputs * cfg.samples // processes
     rules = {
-        f"--size {cfg.size}: must be a multiple of {restorer.multiple}":
-            cfg.size % restorer.multiple == 0,
         f"--inputs {cfg.inputs}: more than --pool {cfg.pool}": cfg.inputs <= cfg.pool,
         f"--inputs {cfg.inputs}, --pool {cfg.pool}: must be multiples of {processes} processes":
             cfg.inputs % processes == cfg.pool % processes == 0,
         f"--micro-batch {cfg.micro_batch}: must divide {local}, the samples of a process":
             cfg.micro_batch >= local or local % cfg.micro_batch == 0,
         f"--steps {cfg.steps}: must be from 2 to 1000": 2 <= cfg.steps <= 1000,
-        f"--views {cfg.views}: a square has 8 of them": cfg.views <= 8,
         "--reward judge2: is the check, never a reward; use judge": cfg.reward != "judge2",
     }
     for rule, holds in rules.items():
         if not holds:
             raise UserError(rule)
+    restorer.check_size(cfg.size)
     try:
         weights(cfg.weight, *torch.ones(3, 2))
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
+    except ValueError:
+        raise UserError(f"--weight {cfg.weight}: choose baseline, running or fixed:W") from None
 
 
 def train(cfg, step_loss=step_loss):
@@ -269,7 +268,8 @@ def train(cfg, step_loss=step_loss):
     from accelerate import Accelerator
 
     # set-up
-    accelerator = Accelerator(cpu=pick_device() == "cpu")  # or torchrun starts strangers
+    # on a CPU it must be told so, or torchrun starts strangers; --dtype is the restorer's matter
+    accelerator = Accelerator(cpu=pick_device() == "cpu", mixed_precision="no")
     device, main = accelerator.device, accelerator.is_main_process
     degrade, source = get_task(cfg.task), open_split(cfg, "train")
     val_source, test_source = open_split(cfg, "val"), open_split(cfg, "test")
@@ -280,18 +280,18 @@ def train(cfg, step_loss=step_loss):
     reference, average = restorer.frozen_copy(), restorer.frozen_copy()
     optimizer = torch.optim.AdamW(restorer.weights(), cfg.lr, BETAS, weight_decay=0.0)
     restorer.net, optimizer = accelerator.prepare(restorer.net, optimizer)
-    judge = views(load_reward(cfg.reward, device), cfg.views)
+    scorer = load_reward(cfg.reward, device)
+    judge = views(scorer, cfg.views)
 
     # data: training crops that come back, validation crops
     lq, hq = pool(source, degrade, cfg.size, cfg.seed, cfg.pool)
-    photographs = hashlib.sha1(lq.numpy().tobytes()).hexdigest()  # a resumed run needs the same
+    photographs = [source.fingerprint(), val_source.fingerprint()]  # a resumed run needs the same
     val = in_batches(*held_out(val_source, degrade, cfg.size, 64)[:2], device)
     memory = RewardMemory(cfg.pool, cfg.steps if cfg.reward_mode == "step" else 1, MEMORY)
     start, rows, chosen = 0, [], 0
     out = Path(cfg.out or f"runs/{cfg.task}-{cfg.seed}")
     if main:
         new_run(out, cfg.resume)
-        write_json(out / "config.json", asdict(cfg))
         print(f"{accelerator.num_processes} process(es), {accelerator.device}: {cfg}")
 
     # baseline: scores of the ground truth, two restorations of each input by the SFT model
@@ -308,13 +308,17 @@ def train(cfg, step_loss=step_loss):
     else:
         best = {name: x.clone() for name, x in average.state_dict().items()}
         parts = tqdm(hq.to(device).split(cfg.micro_batch), "judge hq", disable=not main)
-        reward_hq = torch.cat([judge(x, x) for x in parts]).cpu()
+        with torch.no_grad():
+            reward_hq = torch.cat([judge(x, x) for x in parts]).cpu()
         for n in tqdm(range(2), "baseline", disable=not main):
             gen = generator(cfg.seed, 20, n)
             _, rewards = collect(restorer, judge, lq, hq, gen, cfg, accelerator)
             memory.push(torch.arange(cfg.pool), counted(rewards, reward_hq, cfg.cap))
         distance_sft = iqa_gap(memory.mean()[:, -1], reward_hq)
         rows = [{"iteration": 0, **validate(average, val, judge, cfg)}]
+
+    if main:
+        write_json(out / "config.json", asdict(cfg))
 
     def loss_of(batch, k):
         return step_loss(restorer, reference, batch, k, cfg)
@@ -350,7 +354,7 @@ def train(cfg, step_loss=step_loss):
         # log; every few iterations a look at validation photographs, and a checkpoint
         row = {"iteration": iteration + 1, "reward": rewards[:, -1].nanmean().item(),
                "distance": distance[ids].nanmean().item(), "weight": weight.mean().item(),
-               "spread": (gains - known[ids])[:, -1].std().item()} | logs
+               "spread": (gains - known[ids])[:, -1].square().nanmean().sqrt().item()} | logs
         rows.append(row | {"seconds": time.perf_counter() - began})
         bar.set_postfix({key: f"{row[key]:.3f}" for key in ("reward", "distance", "weight")})
         if not look:
@@ -372,22 +376,24 @@ def train(cfg, step_loss=step_loss):
     # the best average on test photographs
     average.load_state_dict(best)
     if main:
+        average.defaults |= {"task": cfg.task, "steps": cfg.steps, "eta": cfg.eta}
         average.save(out / "model")
         save_curves(out / "curves.png", rows, "iteration")
-        print(f"kept the average of iteration {chosen}, by its validation scores")
-        report(cfg, reference, average, test_source, degrade, out)
+        print(f"kept the average of iteration {chosen}, by its validation scores" if chosen else
+              "nothing beat the SFT restorer within --max-drop: model/ is the SFT restorer")
+        report(cfg, reference, average, scorer, test_source, degrade, out)
 
 
-def report(cfg, reference, average, source, degrade, out):
+def report(cfg, reference, average, judge, source, degrade, out):
     """Table, picture and scores.csv: the SFT restorer and the new one on test photographs."""
     lq, hq, names = held_out(source, degrade, cfg.size, 128)
-    metrics = load_metrics(dict.fromkeys([*INSTRUMENTS, cfg.reward]), reference.device)
+    metrics = load_metrics([x for x in INSTRUMENTS if x != cfg.reward], reference.device)
+    metrics = {cfg.reward: judge} | metrics
     restorers = {"sft": reference, "rl": average}
     batches = in_batches(lq, hq, reference.device)
     rows = compare(restorers, batches, metrics, cfg.steps, cfg.eta)
-    print(describe(rows, ["sft", "rl"]))
     write_scores(out / "scores.csv", rows, names)
-    judge = on_tiles(load_reward(cfg.reward, reference.device))
+    print(describe(rows, ["sft", "rl"]))
     save_regions(out / "regions.png", source, degrade, restorers, judge, cfg.steps, cfg.eta)
     print(f"wrote {out}: model/, metrics.csv, curves.png, scores.csv, regions.png")
 

@@ -289,19 +289,21 @@ def main():
     restorer = load(cfg.model, cfg.task or "sr", pick_device())
     task = cfg.task or (restorer.defaults["task"] if cfg.model else "sr")
     scale = cfg.scale or {"sr": 4, "sr2": 2, "sr3": 3, "sr4": 4}.get(task, 1)
-    steps = min(cfg.steps or restorer.defaults["steps"], 1000)
+    steps = cfg.steps or restorer.defaults["steps"]
+    if steps > 1000:
+        raise UserError(f"--steps {steps}: must be at most 1000")
     failed = 0
     bar = tqdm(files, unit="image")
     for file, target in bar:
         bar.set_postfix_str(file.name)
         try:
-            lq = read_image(file)[None].to(restorer.device)
+            lq = read_image(file)[None]
         except UserError as error:
             bar.write(f"skipped {error}", file=sys.stderr)
             failed += 1
             continue
         lq = resize(lq, [side * scale for side in lq.shape[-2:]]).clamp(-1, 1)
-        image = restore(restorer, lq, steps, cfg.eta, generator(cfg.seed), cfg.tile)
+        image = restore(restorer, lq.to(restorer.device), steps, cfg.eta, generator(cfg.seed), cfg.tile)
         write_image(target, image[0])
     print(f"wrote {len(files) - failed} PNGs to {cfg.out} ({steps} steps, eta {cfg.eta})")
     if failed:

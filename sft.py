@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import TASKS, Crops, get_task, held_out, open_split
+from data import Crops, get_task, held_out, open_split
 from eval import evaluate, format_table, in_batches, save_curves, save_grid
 from model import load
 from sample import wide
@@ -115,17 +115,18 @@ def train(cfg):
     from accelerate.utils import DataLoaderConfiguration
 
     # set-up
-    accelerator = Accelerator(cpu=pick_device() == "cpu",  # or torchrun starts strangers
+    accelerator = Accelerator(cpu=pick_device() == "cpu", mixed_precision="no",
                               gradient_accumulation_steps=cfg.accumulate,
                               dataloader_config=DataLoaderConfiguration(split_batches=True))
     part = cfg.batch // cfg.accumulate
     if cfg.batch % (cfg.accumulate * accelerator.num_processes):
         raise UserError(f"--batch {cfg.batch}: must be a multiple of --accumulate times processes")
     degrade, source = get_task(cfg.task), open_split(cfg, "train")
-    val = held_out(open_split(cfg, "val"), degrade, cfg.size, 64)[:2]
-    val = in_batches(*val, accelerator.device)
+    val = in_batches(*held_out(open_split(cfg, "val"), degrade, cfg.size, 64)[:2],
+                     accelerator.device)
     restorer = load(cfg.model, cfg.task, accelerator.device, cfg.dtype)
     restorer.defaults["task"] = cfg.task
+    restorer.check_size(cfg.size)
     restorer.train_only(cfg.trainable)
     average = restorer.frozen_copy()
     optimizer = torch.optim.AdamW(restorer.weights(), lr=cfg.lr)
@@ -133,16 +134,19 @@ def train(cfg):
     out = Path(cfg.out or f"runs/sft-{cfg.task}-{cfg.seed}")
     if accelerator.is_main_process:
         new_run(out, cfg.resume)
-        write_json(out / "config.json", asdict(cfg))
         print(f"{accelerator.num_processes} process(es), {accelerator.device}: {cfg}")
     accelerator.wait_for_everyone()
     if cfg.resume:
         state, info = load_checkpoint(out / "checkpoint.safetensors")
         check_resume(cfg, info["config"], RESUMED)
+        if info["photographs"] != source.fingerprint():
+            raise UserError("--resume: the training photographs are other ones now; start anew")
         restorer.load_state_dict(state["weights"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]})
         start, rows = info["step"], info["rows"]
+    if accelerator.is_main_process:
+        write_json(out / "config.json", asdict(cfg))
     done, total = start * cfg.batch, cfg.steps * cfg.batch
     crops = Crops(source, degrade, cfg.size, cfg.seed, total - done, done)
     loader = torch.utils.data.DataLoader(crops, part, num_workers=cfg.workers)
@@ -176,11 +180,13 @@ def train(cfg):
             row = {"loss": accelerator.gather(loss.detach()).mean().item()}
             rows.append({"step": step + 1, **row, "grad_norm": grad_norm.item()})
             bar.set_postfix({key: f"{value:.3g}" for key, value in row.items()})
-        if accelerator.is_main_process and (step + 1) % SAVE_EVERY == 0 or step + 1 == cfg.steps:
+        due = (step + 1) % SAVE_EVERY == 0 or step + 1 == cfg.steps
+        if accelerator.is_main_process and due:
             state = {"weights": restorer.state_dict(), "average": average.state_dict(),
                      "optimizer": optimizer.state_dict()["state"]}
             save_checkpoint(out / "checkpoint.safetensors", state,
-                            {"step": step + 1, "rows": rows, "config": asdict(cfg)})
+                            {"step": step + 1, "rows": rows, "config": asdict(cfg),
+                             "photographs": source.fingerprint()})
             write_rows(out / "metrics.csv", rows)
 
     # the averaged weights on validation photographs
@@ -201,10 +207,7 @@ def report(restorer, val, rows, out):
 
 
 def main():
-    cfg = parse(Config)
-    if cfg.task not in TASKS:
-        raise UserError(f"--task {cfg.task}: unknown; choose one of {', '.join(TASKS)}")
-    train(cfg)
+    train(parse(Config))
 
 
 if __name__ == "__main__":

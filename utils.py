@@ -45,6 +45,16 @@ def pick_device():
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+@contextlib.contextmanager
+def one_line(name, remedy):
+    """Turns any error of a library, the hub or a device into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"{name}: cannot be used ({text}); {remedy}") from None
+
+
 # ---- image files ----
 
 def list_images(folder):
@@ -70,13 +80,12 @@ def read_image(path):
 
     Notes say what is lost: color profiles, and the lower half of 16 bits per color (PIL's limit).
     """
-    try:
+    with one_line(path, "remove or convert it"):
         with Image.open(path) as image:
-            profile = image.info.get("icc_profile", b"sRGB").replace(b"\0", b"")
-            if image.mode.startswith("RGB") and "16" in str(image.tile):
+            profile = (image.info.get("icc_profile") or b"sRGB").replace(b"\0", b"")
+            if ";16" in str(image.tile) and image.mode[0] != "I":
                 note(f"{path}: of 16 bits per color the upper 8 are read")
-            known = b"sRGB" in profile or b"c2" in profile  # c2: a small sRGB of photo sites
-            if not known and "skimage" not in str(path):  # its rocket.jpg, shipped, has Adobe RGB
+            if b"sRGB" not in profile and "skimage" not in str(path):  # rocket.jpg
                 note(f"{path}: color profile ignored, taken as sRGB")
             image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":  # 16 bits of grey, or floats in [0, 1] or [0, 255]
@@ -87,8 +96,6 @@ def read_image(path):
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             pixels = torch.from_numpy(np.array(image.convert("RGB")))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: no readable image ({error}); remove or convert it") from None
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -112,7 +119,8 @@ def new_run(out, resume=False):
     out = Path(out)
     if resume and not (out / "checkpoint.safetensors").exists():
         raise UserError(f"--resume: no checkpoint in {out}; start without it")
-    if not resume and out.exists() and any(out.iterdir()):
+    held = {file.name for file in out.iterdir()} if out.exists() else set()
+    if not resume and held - {"config.json"}:  # that alone is of a run without a checkpoint yet
         raise UserError(f"--out {out}: is not empty; choose another, or go on with --resume")
     out.mkdir(parents=True, exist_ok=True)
     return out
@@ -133,6 +141,8 @@ def atomic(path):
                 file.chmod(0o666 & ~umask)
         shutil.rmtree(path, ignore_errors=True)  # does nothing to a file
         os.replace(temporary, path)
+    except SafetensorError as error:  # a full disk, said in its own way
+        raise OSError(f"{path}: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)
@@ -168,7 +178,7 @@ def save_checkpoint(path, state, info):
 def load_checkpoint(path):
     """What save_checkpoint wrote: (state, info); keys that are numbers come back as int."""
     state = {}
-    try:
+    with one_line(path, "it is no checkpoint of ours; start in a new --out"):
         with safe_open(path, "pt") as file:
             info = json.loads(file.metadata()["info"])
             for name in file.keys():
@@ -177,8 +187,6 @@ def load_checkpoint(path):
                 for key in above:
                     place = place.setdefault(key, {})
                 place[last] = file.get_tensor(name)
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path}: no checkpoint of ours ({error}); start in a new --out") from None
     return state, info
 
 
@@ -233,6 +241,8 @@ def parse(config_class, argv=None, positional=None):
 def run_main(main):
     """Runs main(): bad input, a full disk, too little memory -> one line and exit code 2."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # looks for a kernel nobody needs
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8")  # Windows would stumble over a ↓ in a table
     try:
         return main()
     except KeyboardInterrupt:
@@ -241,7 +251,8 @@ def run_main(main):
     except (UserError, OSError) as error:  # a DataLoader's worker puts its traceback before it
         line = str(error).rpartition("utils.UserError: ")[2]
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        texts = "out of memory", "allocate memory"
+        if not isinstance(error, MemoryError) and not any(text in str(error) for text in texts):
             raise
         line = f"not enough memory ({error}); lower --micro-batch, --batch, --size or --tile"
     print("error:", *line.split(), file=sys.stderr)

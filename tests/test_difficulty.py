@@ -5,7 +5,7 @@ import statistics
 import pytest
 import torch
 
-from difficulty import RewardMemory, advantages, iqa_gap, median_spread, relative_weight, weights
+from difficulty import RewardMemory, advantages, iqa_gap, median_spread, weights
 
 
 def test_memory_keeps_the_latest_of_each_input_and_step(gen):
@@ -81,10 +81,10 @@ def test_median_and_spread_are_those_of_a_gaussian(gen):
 def test_weight_rises_with_distance_and_is_half_at_the_median():
     distance = torch.linspace(0, 1, 9)
     m, s = median_spread(distance)
-    w = relative_weight(distance, m, s)
+    w = weights("baseline", distance, distance, None)
     assert (w.diff() > 0).all() and w[4].item() == pytest.approx(0.5)
-    assert relative_weight(torch.tensor([m + s]), m, s).item() == pytest.approx(0.8808, abs=1e-4)
-    assert relative_weight(torch.tensor([float("nan")]), m, s).item() == 0
+    one, unknown = weights("baseline", torch.tensor([m + s, float("nan")]), distance, None)
+    assert one.item() == pytest.approx(0.8808, abs=1e-4) and unknown.item() == 0
 
 
 def test_baseline_lets_sft_take_over_and_running_does_not():

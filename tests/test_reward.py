@@ -271,3 +271,11 @@ def test_the_script_prints_a_table(tmp_path, pairs, monkeypatch, capsys):
     for words in ((), (files[0], "--metric", "psnr"), (*files[:2], "--ref", files[2])):
         with pytest.raises(UserError, match="references needed"):
             run(*words)
+
+
+def test_a_judge_of_a_large_image_is_the_mean_over_its_centred_tiles(gen):
+    judge, images = reward.load("judge"), torch.rand(2, 3, 130, 200, generator=gen) * 2 - 1
+    tiles = [images[:, :, y:y + 64, x:x + 64] for y in (1, 65) for x in (4, 68, 132)]
+    expected = torch.stack([judge(tile) for tile in tiles]).mean(0)
+    torch.testing.assert_close(judge(images), expected)
+    assert reward.tiles_of(images, 300).shape == (2, 1, 3, 130, 200)

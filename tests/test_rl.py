@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -286,13 +287,14 @@ def test_each_split_is_used_for_what_it_is_and_settings_arrive(run, monkeypatch)
         return update(*args)
     monkeypatch.setattr(rl, "update", watched)
     monkeypatch.setattr(rl, "report", lambda *args: reports.append(args))
-    folder = run("splits", views=3)
+    folder = run("splits", views=4, steps=3)
     assert len(pools[0][0][0]) == 3 and all("train/" in name for name in pools[0][0][0].names)
-    assert held[0][0][0].names == ["val/flag"] and seen[0][0][1] == 3
-    cfg, reference, average, source, *_ = reports[0]
-    assert source.names == ["test/cat"]
+    assert held[0][0][0].names == ["val/flag"] and seen[0][0][1] == 4
+    cfg, reference, average, judge, source, *_ = reports[0]
+    assert source.names == ["test/cat"] and judge is brightness
     assert rates == [rl.learning_rate(i, 4, 1e-3, rl.WARMUP, rl.FLOOR) for i in range(4)]
     saved, start = rl.load(str(folder / "model")), rl.load(str(folder.parent / "start"))
+    assert saved.defaults == {"task": "sr", "steps": 3, "eta": 1.0}
     for other, kept in ((start, reference), (saved, average)):
         other.train_only("modulation")
         assert all(torch.equal(a, b) for a, b in zip(other.weights(), kept.weights()))
@@ -355,16 +357,24 @@ def test_same_seed_same_weights_and_resumed_the_same(run, monkeypatch):
             run("stopped", **changes)
 
 
-def test_other_photographs_are_refused_on_resume(run, monkeypatch):
-    run("pool")
-    original = rl.pool
-    monkeypatch.setattr(rl, "pool", lambda *args: tuple(-x for x in original(*args)))
+def test_other_photographs_are_refused_on_resume_and_nothing_is_lost(run, photo_folder, tmp_path):
+    more = tmp_path / "more"
+    shutil.copytree(photo_folder, more)
+    folder = run("pool", data=str(more))
+    before = (folder / "config.json").read_text()
+    shutil.copy(more / "val/flag.png", more / "val/flag2.png")
     with pytest.raises(UserError, match="photographs"):
-        run("pool", resume=True, iterations=6)
+        run("pool", data=str(more), resume=True, iterations=6)
+    assert (folder / "config.json").read_text() == before
+
+
+def test_a_run_that_kept_nothing_says_so(run, capsys):
+    run("nothing", max_drop=-99.0)
+    assert "nothing beat the SFT restorer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changes, words", (
-    ({"weight": "fixed:3"}, "--weight"), ({"reward": "judge2"}, "--reward"), ({"views": 9}, "--views"),
+    ({"weight": "fixed:3"}, "--weight"), ({"reward": "judge2"}, "--reward"), ({"weight": "x"}, "--weight"),
     ({"inputs": 7}, "--inputs"), ({"size": 36}, "--size"), ({"micro_batch": 3}, "--micro-batch"),
     ({"steps": 1}, "--steps"), ({"trainable": "nothing"}, "--trainable"), ({"lr": 1e30}, "--lr")))
 def test_bad_settings_are_named(changes, words, run):
@@ -392,8 +402,8 @@ def test_two_processes_give_the_weights_of_one(script, words, tmp_path, tiny_res
     module.train(parse(module.Config, [*map(str, words), str(tmp_path / "one")]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-         "29651", f"{ROOT}/{script}.py", *map(str, words), str(tmp_path / "two")],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+         "2", f"{ROOT}/{script}.py", *map(str, words), str(tmp_path / "two")],
         env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout and "1 process(es)" not in done.stdout

@@ -103,7 +103,7 @@ def test_an_example_runs(words, tmp_path, photo_folder):
     ["rl.py", "--weight", "fixed:7"], ["rl.py", "--resume", "--out", "/nowhere"], ["rl.py", "--lr", "x"],
     ["sft.py", "--task", "nope"], ["eval.py"], ["eval.py", "/nowhere"], ["sample.py"],
     ["sample.py", "/nowhere.png"], ["reward.py"], ["reward.py", "/nowhere.png", "--metric", "nope"],
-    ["reward.py", "/nowhere.png"], ["data.py", "--data", "/nowhere"], ["model.py", "--model", "/no"]))
+    ["reward.py", "/nowhere.png"], ["data.py", "--data", "/nowhere"]))
 def test_bad_input_is_one_line_and_exit_code_2(words, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", words)

@@ -90,13 +90,13 @@ def test_checkpoints_and_rows(tmp_path):
 
 
 @pytest.mark.parametrize("function, words, message", (
-    (read_image, ["full/cut.png"], "cut.png: no readable image.*remove"),
-    (read_image, ["none.png"], "none.png: no readable image"),
+    (read_image, ["full/cut.png"], "cut.png: cannot be used.*remove"),
+    (read_image, ["none.png"], "none.png: cannot be used"),
     (utils.write_image, ["x.jpgg", torch.zeros(3, 8, 8)], "x.jpgg: no kind of image.*png"),
     (utils.new_run, ["full"], "--out full: is not empty"),
     (utils.new_run, ["full", True], "--resume: no checkpoint in full"),
-    (utils.load_checkpoint, ["full/bad"], "full/bad: no checkpoint"),
-    (utils.load_checkpoint, ["full/cut.png"], "cut.png: no checkpoint"),
+    (utils.load_checkpoint, ["full/bad"], "full/bad: cannot be used"),
+    (utils.load_checkpoint, ["full/cut.png"], "cut.png: cannot be used"),
     (utils.check_resume, [Config(), {"lr": 1.0, "mode": "b"}, ["lr"]], "started with --mode b"),
     (parse, [Config, ["--mode", "c"]], "--mode"), (parse, [Config, ["--lr", "-1"]], "--lr -1"),
     (parse, [Config, ["--lr", "nan"]], "--lr nan"), (parse, [Config, ["--mod", "a"]], "--mod")))
