@@ -260,7 +260,7 @@ class Source:
 
     def fingerprint(self):
         """Changes when an image is added, removed or renamed."""
-        return hashlib.sha1("\n".join(self.names).encode()).hexdigest()
+        return hashlib.sha1(repr(self.names).encode()).hexdigest()
 
     @lru_cache(16)  # the latest images stay decoded
     def __getitem__(self, index):

@@ -1,6 +1,8 @@
 """Image files of every kind, run folders, checkpoints, command lines."""
 
 import os
+import struct
+import zlib
 from dataclasses import dataclass
 from unittest.mock import Mock
 
@@ -43,6 +45,35 @@ def test_images_of_every_kind(name, pixels, options, pixel, color, tmp_path, cap
         found = read_image(tmp_path / name)[:, *pixel]
     assert found.tolist() == pytest.approx(color, abs=0.02)
     assert capsys.readouterr().err.count("color profile") == (name == "profile.png")
+
+
+def test_16_bits_per_color_are_said_and_a_broken_profile_is_none(tmp_path, capsys):
+    wide = np.zeros((16, 160, 3), np.uint8)  # a side of 160 is no bit depth
+    Image.fromarray(wide).save(tmp_path / "wide.png", icc_profile=b"")
+    read_image(tmp_path / "wide.png")
+    rows = b"".join(b"\0" + bytes(12) for _ in range(2))  # 2 x 2 pixels of 16 bits per color
+    chunks = ((b"IHDR", struct.pack(">2I5B", 2, 2, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)),
+              (b"IEND", b""))
+    deep = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(x)) + kind + x + struct.pack(">I", zlib.crc32(kind + x))
+        for kind, x in chunks)
+    (tmp_path / "deep.png").write_bytes(deep)
+    read_image(tmp_path / "deep.png")
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: {tmp_path}/deep.png: of 16 bits per color the upper 8 are read"]
+
+
+def test_a_run_without_a_checkpoint_may_start_again_and_a_full_disk_is_an_error(tmp_path,
+                                                                             monkeypatch):
+    utils.write_json(tmp_path / "run/config.json", {})
+    assert utils.new_run(tmp_path / "run") == tmp_path / "run"
+
+    def full(*args, **options):
+        raise utils.SafetensorError("no space left")
+    monkeypatch.setattr(utils, "save_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        utils.save_checkpoint(tmp_path / "run/c.safetensors", {}, {})
+    assert len(list((tmp_path / "run").iterdir())) == 1
 
 
 def test_folders_as_people_have_them(tmp_path):
