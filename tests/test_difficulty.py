@@ -24,14 +24,15 @@ def test_memory_keeps_the_latest_of_each_input_and_step(gen):
 
 
 def test_memory_ignores_nan_and_survives_a_checkpoint():
-    memory = RewardMemory(2, size=2)
-    memory.push(torch.tensor([0, 0, 0]), torch.tensor([[0.2], [float("nan")], [0.4]]))
-    assert memory.mean()[0].item() == pytest.approx(0.3) and memory.count[0].item() == 2
-    other = RewardMemory(2, size=2)
+    memory = RewardMemory(2, size=3)
+    memory.push(torch.tensor([0] * 4), torch.tensor([[0.3], [0.2], [float("nan")], [0.4]]))
+    assert memory.mean()[0].item() == pytest.approx(0.3) and memory.count[0].item() == 3
+    memory.push(torch.tensor([0]), torch.tensor([[0.5]]))  # in the place of the first
+    other = RewardMemory(2, size=3)
     other.load_state_dict({key: x.clone() for key, x in memory.state_dict().items()})
     for each in (memory, other):
         each.push(torch.tensor([0]), torch.tensor([[1.0]]))
-    assert other.mean()[0].item() == memory.mean()[0].item() == pytest.approx(0.7)
+    assert other.mean()[0].item() == memory.mean()[0].item() == pytest.approx(1.9 / 3)
 
 
 def test_advantage_equals_a_plain_loop(gen):

@@ -55,6 +55,19 @@ def test_measure_rounds_to_8_bits_cuts_the_border_and_lays_sets_out(gen):
     assert measure(metrics, [large], [large])["pyiqa:brisque ↓"].shape == (2,)
 
 
+def test_metrics_keep_their_own_direction_and_missing_ones_are_said(monkeypatch, capsys):
+    class Negated:
+        sign = -1
+
+        def __call__(self, images, refs):
+            return -torch.ones(len(images))
+    monkeypatch.setattr(evaluation, "load_reward", lambda name, device: Negated())
+    monkeypatch.setattr(evaluation, "ready", lambda name: name != "dists")
+    metrics = evaluation.load_metrics(["pyiqa:niqe", "pyiqa:dists"], "cpu")
+    assert list(metrics) == ["pyiqa:niqe ↓"] and "pyiqa:dists: left out" in capsys.readouterr().out
+    assert metrics["pyiqa:niqe ↓"](torch.zeros(2, 3, 8, 8), None).tolist() == [1, 1]
+
+
 def test_evaluate_is_paired_and_averages_its_seeds(tiny_restorer, gen):
     hq = torch.rand(5, 3, 32, 32, generator=gen) * 2 - 1
     batches = in_batches(hq.roll(1, 3), hq, "cpu")
@@ -63,7 +76,7 @@ def test_evaluate_is_paired_and_averages_its_seeds(tiny_restorer, gen):
     again, _ = evaluate(restorer, batches, {})
     three, _ = evaluate(restorer, batches, {}, seeds=3)
     assert torch.equal(one["psnr_y"], again["psnr_y"]) and images[0].shape == (5, 3, 32, 32)
-    assert not torch.equal(one["psnr_y"], three["psnr_y"])
+    assert not torch.allclose(one["psnr_y"], three["psnr_y"])
     other, _ = evaluate(restorer, batches, {}, steps=2)
     assert not torch.equal(one["psnr_y"], other["psnr_y"])
     lq, _ = evaluate(None, batches, {})

@@ -153,7 +153,7 @@ def test_update_visits_each_step_once_with_the_noise_of_its_own_samples(tiny_res
         calls.append((k, batch["own"].tolist(), batch["t"], batch["eps"], parameter.clone()))
         terms = {"rl": (len(calls) * parameter).sum()}
         return sum(terms.values()), {"terms": terms, "rl_loss": torch.tensor(float(len(calls)))}
-    optimizer = torch.optim.SGD(restorer.weights(), lr=1e-3)
+    optimizer = torch.optim.SGD(restorer.weights(), lr=1.0)
     accelerator = Accelerator(cpu=True)
     restorer.net, optimizer = accelerator.prepare(restorer.net, optimizer)
     start = parameter.clone()
@@ -170,7 +170,7 @@ def test_update_visits_each_step_once_with_the_noise_of_its_own_samples(tiny_res
     moved = [calls[i][4].sum().item() for i in range(8)]
     assert len(set(moved[:4])) == len(set(moved[4:])) == 1 and moved[3] != moved[4]
     # each optimizer step takes the mean gradient of its four parts, clipped to length 1
-    step = -1e-3 / math.sqrt(parameter.numel())
+    step = -1 / math.sqrt(parameter.numel())
     torch.testing.assert_close(calls[4][4], start + step)
     torch.testing.assert_close(parameter.detach(), start + 2 * step)
     torch.testing.assert_close(average.weights()[0], start + 0.1 * step * (0.9 + 2))
@@ -316,6 +316,8 @@ def test_reference_stays_and_average_is_judged_and_the_best_is_kept(run, monkeyp
     for start, now, ref in zip(looks[0], restorer.weights(), reference.weights()):
         assert torch.equal(start, ref) and not torch.equal(start, now)
     assert all(torch.equal(a, b) for a, b in zip(saved.weights(), looks[2]))
+    assert average is not restorer
+    assert any(not torch.equal(a, b) for a, b in zip(looks[1], restorer.weights()))
     assert len(looks) == 4 and "average of iteration 4" in capsys.readouterr().out
 
 

@@ -1,8 +1,6 @@
 """Image files of every kind, run folders, checkpoints, command lines."""
 
 import os
-import struct
-import zlib
 from dataclasses import dataclass
 from unittest.mock import Mock
 
@@ -32,7 +30,6 @@ class Config:
 
 
 @pytest.mark.parametrize("name, pixels, options, pixel, color", (
-    ("a.png", BLUE, {}, (0, 29), (-1, -0.6, 1)), ("a.tif", BLUE, {}, (0, 29), (-1, -0.6, 1)),
     ("a.JPG", BLUE, {"quality": 100, "exif": EXIF}, (29, 0), (-1, -0.6, 1)),
     ("deep.png", (GREY * 65535).astype(np.uint16), {}, (0, 1), (-0.5, -0.5, -0.5)),
     ("float.tif", GREY, {}, (0, 1), (-0.5, -0.5, -0.5)),
@@ -47,33 +44,11 @@ def test_images_of_every_kind(name, pixels, options, pixel, color, tmp_path, cap
     assert capsys.readouterr().err.count("color profile") == (name == "profile.png")
 
 
-def test_16_bits_per_color_are_said_and_a_broken_profile_is_none(tmp_path, capsys):
-    wide = np.zeros((16, 160, 3), np.uint8)  # a side of 160 is no bit depth
-    Image.fromarray(wide).save(tmp_path / "wide.png", icc_profile=b"")
-    read_image(tmp_path / "wide.png")
-    rows = b"".join(b"\0" + bytes(12) for _ in range(2))  # 2 x 2 pixels of 16 bits per color
-    chunks = ((b"IHDR", struct.pack(">2I5B", 2, 2, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)),
-              (b"IEND", b""))
-    deep = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(x)) + kind + x + struct.pack(">I", zlib.crc32(kind + x))
-        for kind, x in chunks)
-    (tmp_path / "deep.png").write_bytes(deep)
+def test_16_bits_per_color_are_said(tmp_path, capsys):
+    import cv2  # PIL writes none
+    cv2.imwrite(str(tmp_path / "deep.png"), np.zeros((8, 8, 3), np.uint16))
     read_image(tmp_path / "deep.png")
-    assert capsys.readouterr().err.splitlines() == [
-        f"note: {tmp_path}/deep.png: of 16 bits per color the upper 8 are read"]
-
-
-def test_a_run_without_a_checkpoint_may_start_again_and_a_full_disk_is_an_error(tmp_path,
-                                                                             monkeypatch):
-    utils.write_json(tmp_path / "run/config.json", {})
-    assert utils.new_run(tmp_path / "run") == tmp_path / "run"
-
-    def full(*args, **options):
-        raise utils.SafetensorError("no space left")
-    monkeypatch.setattr(utils, "save_file", full)
-    with pytest.raises(OSError, match="no space left"):
-        utils.save_checkpoint(tmp_path / "run/c.safetensors", {}, {})
-    assert len(list((tmp_path / "run").iterdir())) == 1
+    assert "deep.png: of 16 bits per color the upper 8 are read" in capsys.readouterr().err
 
 
 def test_folders_as_people_have_them(tmp_path):
@@ -88,9 +63,6 @@ def test_folders_as_people_have_them(tmp_path):
 
 
 def test_atomic_writes_follow_the_umask_and_leave_nothing_on_failure(tmp_path):
-    image = torch.linspace(-1.2, 1.2, 300).view(3, 10, 10)
-    utils.write_image(tmp_path / "deep/x.png", image)
-    assert (read_image(tmp_path / "deep/x.png") - image.clamp(-1, 1)).abs().max() <= 0.51 / 127.5
     old, folder = os.umask(0o027), tmp_path / "folder/v1.0"
     for name in ("first", "second"):
         with utils.atomic(tmp_path / "folder") as temporary:
@@ -101,14 +73,15 @@ def test_atomic_writes_follow_the_umask_and_leave_nothing_on_failure(tmp_path):
     modes = [path.stat().st_mode & 0o777 for path in (folder, folder / "second")]
     assert modes == [0o750, 0o640]
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ValueError), utils.atomic(tmp_path / "folder") as temporary:
+    with pytest.raises(OSError, match="no space"), utils.atomic(tmp_path / "folder") as temporary:
         temporary.mkdir()
-        raise ValueError
+        raise utils.SafetensorError("no space left")  # a full disk
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_checkpoints_and_rows(tmp_path):
+def test_checkpoints_runs_and_rows(tmp_path):
     state = {"a": {"b": torch.arange(3), 0: {"x": torch.ones(2, 2)}}, "c": torch.tensor(1.5)}
+    utils.write_json(tmp_path / "run/config.json", {})  # a run without a checkpoint may start again
     run = utils.new_run(tmp_path / "run")
     utils.save_checkpoint(run / "checkpoint.safetensors", state, {"step": 3})
     found, info = utils.load_checkpoint(run / "checkpoint.safetensors")
@@ -122,32 +95,26 @@ def test_checkpoints_and_rows(tmp_path):
 
 @pytest.mark.parametrize("function, words, message", (
     (read_image, ["full/cut.png"], "cut.png: cannot be used.*remove"),
-    (read_image, ["none.png"], "none.png: cannot be used"),
     (utils.write_image, ["x.jpgg", torch.zeros(3, 8, 8)], "x.jpgg: no kind of image.*png"),
     (utils.new_run, ["full"], "--out full: is not empty"),
     (utils.new_run, ["full", True], "--resume: no checkpoint in full"),
-    (utils.load_checkpoint, ["full/bad"], "full/bad: cannot be used"),
     (utils.load_checkpoint, ["full/cut.png"], "cut.png: cannot be used"),
     (utils.check_resume, [Config(), {"lr": 1.0, "mode": "b"}, ["lr"]], "started with --mode b"),
-    (parse, [Config, ["--mode", "c"]], "--mode"), (parse, [Config, ["--lr", "-1"]], "--lr -1"),
-    (parse, [Config, ["--lr", "nan"]], "--lr nan"), (parse, [Config, ["--mod", "a"]], "--mod")))
+    (parse, [Config, ["--mode", "c"]], "--mode"), (parse, [Config, ["--lr", "nan"]], "--lr nan"),
+    (parse, [Config, ["--mod", "a"]], "--mod")))
 def test_bad_input_is_named_in_one_line(function, words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     utils.write_image("full/cut.png", torch.rand(3, 64, 64))
     os.truncate("full/cut.png", 4000)
-    save_file({}, "full/bad", metadata={"info": "{"})
     with pytest.raises(UserError, match=message) as error:
         function(*words)
     assert "\n" not in str(error.value)
 
 
-def test_generators_of_two_streams_differ():
+def test_generators_and_command_lines(capsys):
     streams = ((0,), (1,), (0, 1), (0, 0), (0, 1, 2), (0, 2, 1), (2, 0, 1), (-1,), (0,))
     draws = [torch.rand(1, generator=utils.generator(*stream)).item() for stream in streams]
     assert len(set(draws)) == 8 and draws[0] == draws[-1]
-
-
-def test_command_lines(capsys):
     filled = parse(Config, ["--lr", "0", "--names", "x", "y", "--fast-one"])
     assert filled == Config(lr=0.0, names=["x", "y"], fast_one=True)
     assert parse(Config, ["p", "q"], positional="files") == (Config(), ["p", "q"])
