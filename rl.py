@@ -33,6 +33,7 @@ Chosen here:
         --steps 20 --micro-batch 8                                             # GPUs
 """
 
+import functools
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -89,7 +90,7 @@ def kl_to_reference(mean, ref_mean, sigma_t):
     return (mean - ref_mean).square().flatten(1).mean(1) / (2 * sigma_t.to(mean.device) ** 2)
 
 
-def step_loss(restorer, reference, batch, k, cfg):
+def step_loss(restorer, reference, cfg, batch, k):
     """The loss of the paper for denoising step k of a batch of samples -> (loss, info).
 
     info["terms"] holds its three terms, which add up to the loss.
@@ -133,6 +134,22 @@ def collect(restorer, judge, lq, hq, gen, cfg, accelerator):
     if rewards.isnan().all():
         raise UserError(f"--reward {cfg.reward}: gives no score; see what it answers by reward.py")
     return batches, rewards
+
+
+@torch.no_grad()
+def baseline(restorer, judge, memory, lq, hq, cfg, accelerator):
+    """Fills the memory with two restorations of each input by the SFT model.
+
+    -> the scores of the ground truth hq, (inputs,), on the CPU.
+    """
+    quiet = not accelerator.is_main_process
+    parts = tqdm(hq.to(accelerator.device).split(cfg.micro_batch), "judge hq", disable=quiet)
+    reward_hq = torch.cat([judge(x, x) for x in parts]).cpu()
+    for n in tqdm(range(2), "baseline", disable=quiet):
+        gen = generator(cfg.seed, 20, n)
+        _, rewards = collect(restorer, judge, lq, hq, gen, cfg, accelerator)
+        memory.push(torch.arange(cfg.pool), counted(rewards, reward_hq, cfg.cap))
+    return reward_hq
 
 
 def update(loss_of, restorer, average, optimizer, batches, lq, gen, accelerator, look):
@@ -267,8 +284,7 @@ def train(cfg, step_loss=step_loss):
     """
     from accelerate import Accelerator
 
-    # set-up
-    # on a CPU it must be told so, or torchrun starts strangers; --dtype is the restorer's matter
+    # set-up; on a CPU the accelerator must be told so, or torchrun starts strangers
     accelerator = Accelerator(cpu=pick_device() == "cpu", mixed_precision="no")
     device, main = accelerator.device, accelerator.is_main_process
     degrade, source = get_task(cfg.task), open_split(cfg, "train")
@@ -294,7 +310,7 @@ def train(cfg, step_loss=step_loss):
         new_run(out, cfg.resume)
         print(f"{accelerator.num_processes} process(es), {accelerator.device}: {cfg}")
 
-    # baseline: scores of the ground truth, two restorations of each input by the SFT model
+    # what a stopped run left, or what the SFT model makes of the pool
     if cfg.resume:
         state, info = load_checkpoint(out / "checkpoint.safetensors")
         check_resume(cfg, info["config"], RESUMED)
@@ -307,21 +323,9 @@ def train(cfg, step_loss=step_loss):
         start, rows, chosen = info["iteration"], info["rows"], info["chosen"]
     else:
         best = {name: x.clone() for name, x in average.state_dict().items()}
-        parts = tqdm(hq.to(device).split(cfg.micro_batch), "judge hq", disable=not main)
-        with torch.no_grad():
-            reward_hq = torch.cat([judge(x, x) for x in parts]).cpu()
-        for n in tqdm(range(2), "baseline", disable=not main):
-            gen = generator(cfg.seed, 20, n)
-            _, rewards = collect(restorer, judge, lq, hq, gen, cfg, accelerator)
-            memory.push(torch.arange(cfg.pool), counted(rewards, reward_hq, cfg.cap))
+        reward_hq = baseline(restorer, judge, memory, lq, hq, cfg, accelerator)
         distance_sft = iqa_gap(memory.mean()[:, -1], reward_hq)
         rows = [{"iteration": 0, **validate(average, val, judge, cfg)}]
-
-    if main:
-        write_json(out / "config.json", asdict(cfg))
-
-    def loss_of(batch, k):
-        return step_loss(restorer, reference, batch, k, cfg)
 
     bar = tqdm(range(start, cfg.iterations), "rl", cfg.iterations, initial=start, disable=not main)
     for iteration in bar:
@@ -348,6 +352,7 @@ def train(cfg, step_loss=step_loss):
         optimizer.param_groups[0]["lr"] = peak
         last = iteration + 1 == cfg.iterations
         look = (iteration + 1) % LOOK_EVERY == 0 or last
+        loss_of = functools.partial(step_loss, restorer, reference, cfg)
         logs = update(loss_of, restorer, average, optimizer, batches, lq[ids], gen, accelerator,
                       look)
 
@@ -371,6 +376,7 @@ def train(cfg, step_loss=step_loss):
             save_checkpoint(out / "checkpoint.safetensors", state, {
                 "iteration": iteration + 1, "rows": rows, "chosen": chosen, "config": asdict(cfg),
                 "photographs": photographs})
+            write_json(out / "config.json", asdict(cfg))
             write_rows(out / "metrics.csv", rows)
 
     # the best average on test photographs

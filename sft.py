@@ -145,8 +145,6 @@ def train(cfg):
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]})
         start, rows = info["step"], info["rows"]
-    if accelerator.is_main_process:
-        write_json(out / "config.json", asdict(cfg))
     done, total = start * cfg.batch, cfg.steps * cfg.batch
     crops = Crops(source, degrade, cfg.size, cfg.seed, total - done, done)
     loader = torch.utils.data.DataLoader(crops, part, num_workers=cfg.workers)
@@ -187,6 +185,7 @@ def train(cfg):
             save_checkpoint(out / "checkpoint.safetensors", state,
                             {"step": step + 1, "rows": rows, "config": asdict(cfg),
                              "photographs": source.fingerprint()})
+            write_json(out / "config.json", asdict(cfg))
             write_rows(out / "metrics.csv", rows)
 
     # the averaged weights on validation photographs

@@ -119,8 +119,7 @@ def new_run(out, resume=False):
     out = Path(out)
     if resume and not (out / "checkpoint.safetensors").exists():
         raise UserError(f"--resume: no checkpoint in {out}; start without it")
-    held = {file.name for file in out.iterdir()} if out.exists() else set()
-    if not resume and held - {"config.json"}:  # that alone is of a run without a checkpoint yet
+    if not resume and out.exists() and any(out.iterdir()):  # before its first checkpoint: nothing
         raise UserError(f"--out {out}: is not empty; choose another, or go on with --resume")
     out.mkdir(parents=True, exist_ok=True)
     return out

@@ -26,7 +26,7 @@ def group_advantages(samples):
     return advantages
 
 
-def step_loss(restorer, reference, batch, k, cfg):
+def step_loss(restorer, reference, cfg, batch, k):
     """PPO's clipped loss of denoising step k -> (loss, info)."""
     path = batch["path"]
     step = replay(restorer, path, k, cfg.eta)

@@ -23,7 +23,7 @@ from sft import diffusion_loss  # noqa: E402
 from utils import parse, run_main  # noqa: E402
 
 
-def step_loss(restorer, reference, batch, k, cfg):
+def step_loss(restorer, reference, cfg, batch, k):
     """rl.step_loss with another first term -> (loss, info); k is the step that KL looks at."""
     path, w, t, eps = batch["path"], batch["weight"], batch["t"], batch["eps"]
     own = diffusion_loss(restorer, path.z[-1], path.condition, t, eps)

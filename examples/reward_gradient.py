@@ -24,7 +24,7 @@ def make_step_loss(judge):
     """step_loss for rl.train; judge.scores must let gradients through (level-word judges do)."""
     judge.model.requires_grad_(False)
 
-    def step_loss(restorer, reference, batch, k, cfg):
+    def step_loss(restorer, reference, cfg, batch, k):
         path, w = batch["path"], batch["weight"]
         # the same chain by the present weights; every step keeps its activations
         z = rollout(restorer, path.condition, batch["noise"], cfg.eta).z[-1]

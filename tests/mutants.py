@@ -207,7 +207,7 @@ MUTANTS = {
     "utils.py": [
         ("for part in stream:", "for part in stream[:1]:"),
         ("file.chmod(0o666 & ~umask)", "pass"),
-        ("and held - {\"config.json\"}", "and False"),
+        ("and any(out.iterdir())", "and False"),
         ("if key not in free and", "if key in free and"),
         ("int(x) if x.isdigit() else x", "x"),
         ("if least is not None and not value >= least:", "if least is not None and value < least:"),

@@ -57,34 +57,30 @@ def test_a_task_is_seeded_bounded_and_sees_each_image_alone(name, smooth):
         assert ((lq[:6] - lq[:6, :1]).diff(dim=3).abs().amax((1, 2, 3)) > 0.05).all()
 
 
-def test_sr_equals_pil_and_numbers_in_names_are_severities(smooth):
+def test_sr_equals_pil_and_denoise25_has_sigma_25(smooth):
     small = Image.fromarray(to_uint8(smooth[0]).permute(1, 2, 0).numpy()).resize((16, 16), 3)
     large = torch.from_numpy(np.array(small.resize((64, 64), 3))).permute(2, 0, 1) / 127.5 - 1
     assert (TASKS["sr4"](smooth)[0][0] - large).abs().mean() < 1 / 127.5
-    assert TASKS["sr3"](smooth)[1].tolist() == pytest.approx([2 / 3] * 6)
     noise = TASKS["denoise25"](torch.zeros(1, 3, 64, 64), generator(0))[0]
     assert noise.std().item() * 127.5 == pytest.approx(25, rel=0.05)
 
 
 # ---- splits and pairs ----
 
-def test_photographs_in_packages_and_not_a_folder_called_test_are_halved(tmp_path):
+def test_splits_of_the_packages_and_of_folders_by_hash_or_subfolder(tmp_path, photo_folder):
     splits = {split: open_split(Config(), split) for split in ("train", "val", "test", "all")}
     assert [len(set(splits[split].names)) for split in splits] == [11, 7, 5, 23]
     lq, frame = splits["val"][6]
     halved = F.avg_pool2d(to_uint8(read_image(splits["val"].paths[6][1])).float(), 2)
     assert lq is None and frame.dtype == torch.uint8 and (frame - halved).abs().max() <= 0.51
-    assert open_split(make(tmp_path / "test", "a.png"), "all")[0][1].shape == (3, 40, 48)
-
-
-def test_folders_are_split_by_the_hash_of_each_name_or_by_subfolders(tmp_path, photo_folder):
+    own = open_split(make(tmp_path / "test", "a.png"), "all")  # not taken for one of pyiqa's
+    assert own[0][1].shape == (3, 40, 48)
     names = [f"{i:04d}.png" for i in range(1, 12)]
-    cfg = make(tmp_path, *names, "deep/" + unicodedata.normalize("NFD", "é3.png"), size=(8, 8))
+    names.append("deep/" + unicodedata.normalize("NFD", "é3.png"))
+    cfg = make(tmp_path / "own", *names, size=(8, 8))
     names = {split: open_split(cfg, split).names for split in data.SHIPPED}
     assert names["test"] == ["0005"] and names["val"] == ["0011", "deep/é3"]
-    assert len(names["train"]) == 9
     assert open_split(Config(data=photo_folder), "test").names == ["test/cat"]
-    assert len(open_split(Config(data=photo_folder), "train")) == 3
 
 
 @pytest.mark.parametrize("match, folders, expected, alone", (
@@ -117,14 +113,11 @@ def test_bad_folders_are_named(tmp_path, monkeypatch):
             open_split(Config(**settings), "test")
 
 
-@pytest.mark.parametrize("size", ((66, 67), (17, 16), (12, 12), (32, 48)))
+@pytest.mark.parametrize("size", ((17, 16), (12, 12), (32, 48)))
 def test_sizes_are_read_from_headers(size, tmp_path, monkeypatch):
     make(tmp_path, "lq/a.png", size=(16, 16))
     make(tmp_path, "hq/a.png", size=size)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
-    if size == (66, 67):
-        assert len(pairs_in(tmp_path)) == 1
-        return
     with pytest.raises(UserError, match="lq/a.png .*hq/a.png .*: sizes do not fit"):
         pairs_in(tmp_path)
 
@@ -181,22 +174,17 @@ def test_test_crops_are_those_of_the_first_edition():
     lq, hq, names = held_out(source, TASKS["denoise"], 64, 128)
     assert hashlib.sha1(to_uint8(hq).numpy().tobytes()).hexdigest().startswith("f81854e2fddf")
     assert torch.equal(lq, TASKS["denoise"](hq, generator(0, 4))[0]) and len(set(names)) == 128
-    with pytest.raises(UserError, match="--size 600: no held-out crop"):
-        held_out(source, TASKS["sr"], 600, 4)
     lq, hq = whole(source, TASKS["denoise"], 2)
     assert torch.equal(lq, TASKS["denoise"](hq, generator(0, 4, 2))[0])
 
 
 def test_script(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["data.py", "--task", "derain", "--size", "32"])
-    data.main()
-    picture = to_uint8(read_image("runs/data/derain.png"))
-    hq = pool(open_split(Config(), "train"), TASKS["derain"], 32, 0, 8)[1]
-    assert torch.equal(picture[:, 32:], to_uint8(torch.cat([*hq], 2)))
-    make(tmp_path / "mine", "a.png", "b.png")
-    os.truncate("mine/a.png", 4000)
     monkeypatch.setattr("sys.argv", ["data.py", "--data", "mine", "--size", "32"])
+    make(tmp_path / "mine", "a.png", "b.png")
+    data.main()
+    assert read_image("runs/data/sr.png").shape == (3, 64, 256)
+    os.truncate("mine/a.png", 4000)
     with pytest.raises(UserError, match="1 of 2 images cannot be used"):
         data.main()
     assert "mine/a.png" in capsys.readouterr().out

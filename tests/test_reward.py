@@ -92,14 +92,11 @@ def test_equals_the_qrealign_of_pyiqa_on_the_same_folder(gen):
     assert ours.std() > 1e-4
 
 
-THINK = "<think>The {sky} is 2 of 5 <answer>1</answer></think>"
-
-
 @pytest.mark.parametrize("form, rating, texts", (
-    ("json", 3.25, [THINK + '<answer>{"rating": 3.25}</answer>', '{\n "rating": 3.25\n}']),
+    ("json", 3.25, ['<think>{2 of 5}</think>{"rating": 3.25}', '{\n "rating": 3.25\n}']),
     ("json", None, ['{"rating": 5.01}', '{"rating": "good"}', "3.5", '{"score": 3}',
                     '<think>{"rating": 3}', '{"rating": 3} {"rating": "x"}']),
-    ("answer", 5, [THINK + "\n<answer> 5.0 </answer>"]),
+    ("answer", 5, ["<think><answer>1</answer></think>\n<answer> 5.0 </answer>"]),
     ("answer", None, ["<answer>0.5</answer>", "<answer>4/5</answer>", "<answer>-3</answer>"])))
 def test_ratings_are_parsed_strictly(form, rating, texts):
     for text in texts:
@@ -125,18 +122,6 @@ def test_a_judge_that_reasons(tmp_path, monkeypatch, capsys):
     assert "no idea" in capsys.readouterr().err
 
 
-def test_a_judge_of_ones_own(monkeypatch):
-    recipe = {"source": str(WEIGHTS / "judge"), "stem": "It is", "levels": ("good", "bad")}
-    monkeypatch.setitem(JUDGES, "shop", recipe)
-    shop = load("shop", dtype="bfloat16")
-    assert shop.model.dtype == torch.bfloat16 and shop.text.endswith("\nIt is")
-    recipe["levels"] = ("splendid", "good")
-    fails("shop", "single, different")
-    tokenizer = shop.processor.tokenizer
-    tokenizer.add_tokens(["Good"])  # as q-sit's, behind a stem that ends with a space
-    assert reward.level_tokens(tokenizer, ["Good"], "It is ") == [len(tokenizer) - 1]
-
-
 def test_broken_folders_and_unsafe_names_are_one_line_errors(tmp_path, monkeypatch):
     from safetensors.torch import load_file, save_file
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -151,9 +136,11 @@ def test_broken_folders_and_unsafe_names_are_one_line_errors(tmp_path, monkeypat
     for name, words in (("nope", "unknown"), ("qrealign-mini", "a network"),
                         ("pyiqa:nope", "list_models"), ("pyiqa:piqe", "noise")):
         fails(name, words)
+    monkeypatch.setitem(JUDGES["judge"], "levels", ("splendid", "good"))
+    fails("judge", "single, different")
 
 
-def test_pyiqa_metrics_rise_with_quality(pairs):
+def test_pyiqa_metrics_rise_with_quality_and_are_ready_with_weights(pairs, monkeypatch, tmp_path):
     lq, hq = pairs
     for name, sign in (("ssim", 1), ("gmsd", -1)):
         metric = load(f"pyiqa:{name}")
@@ -162,9 +149,6 @@ def test_pyiqa_metrics_rise_with_quality(pairs):
         assert (metric((lq + hq) / 2, hq) > scores).all()
     with pytest.raises(UserError, match="give references"):
         metric(lq)
-
-
-def test_ready_says_whether_weights_are_there(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     for file in reward.FILES["lpips"]:
         assert not reward.ready("lpips")
@@ -177,11 +161,8 @@ def test_the_script_prints_a_table(tmp_path, pairs, monkeypatch, capsys):
     files = [str(tmp_path / "lq.png"), str(tmp_path / "hq.png")]
     for file, images in zip(files, pairs):
         write_image(file, images[0])
-    words = ["reward.py", files[0], "--metric", "psnr", "--ref"]
-    monkeypatch.setattr(sys, "argv", [*words, files[1]])
+    words = ["reward.py", files[0], "--metric", "psnr", "--ref", files[1]]
+    monkeypatch.setattr(sys, "argv", words)
     reward.main()
     score = float(capsys.readouterr().out.split()[2])
     assert score == pytest.approx(reward.psnr(*pairs)[0].item(), abs=0.1)
-    monkeypatch.setattr(sys, "argv", [*words, *files])
-    with pytest.raises(UserError, match="1 references needed, 2 of --ref"):
-        reward.main()

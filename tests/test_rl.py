@@ -2,7 +2,6 @@
 
 import csv
 import importlib
-import inspect
 import json
 import math
 import os
@@ -79,7 +78,7 @@ def test_step_loss_is_the_papers(tiny_restorer, gen):
     batch = {"path": path, "weight": torch.tensor([0.0, 0.3, 1.0]), "z0": restorer.encode(hq, lq),
              "advantage": torch.randn(3, 4, generator=gen), "t": t, "eps": eps}
     cfg = Config(sft_coef=0.3, kl_coef=0.2)
-    loss, info = rl.step_loss(restorer, reference, batch, 2, cfg)
+    loss, info = rl.step_loss(restorer, reference, cfg, batch, 2)
     step, ref = (rl.replay(r, path, 2, 1.0) for r in (restorer, reference))
     sft = rl.diffusion_loss(restorer, batch["z0"], lq, t, eps)
     expected = 0.0
@@ -301,22 +300,23 @@ def test_each_split_is_used_for_what_it_is_and_settings_arrive(run, monkeypatch)
 
 
 def test_reference_stays_and_average_is_judged_and_the_best_is_kept(run, monkeypatch, capsys):
-    updated, looks = spy(monkeypatch, "update"), []
+    updated, looks, reports = spy(monkeypatch, "update"), [], []
     scores = iter([0.1, 0.3, 0.9, 0.5])  # at the start, and after iterations 2, 4, 6
 
     def validate(average, val, judge, cfg):
         looks.append([p.clone() for p in average.weights()])
         return {"val_reward": next(scores), "val_psnr_y": 1.0, "val_psnr": 1.0}
     monkeypatch.setattr(rl, "validate", validate)
+    monkeypatch.setattr(rl, "report", lambda *args: reports.append(args))
     folder = run("best", iterations=6)
     loss_of, restorer, average = updated[0][0][:3]
-    reference = inspect.getclosurevars(loss_of).nonlocals["reference"]
+    reference = loss_of.args[1]
     saved = rl.load(str(folder / "model"))
     saved.train_only("modulation")
     for start, now, ref in zip(looks[0], restorer.weights(), reference.weights()):
         assert torch.equal(start, ref) and not torch.equal(start, now)
     assert all(torch.equal(a, b) for a, b in zip(saved.weights(), looks[2]))
-    assert average is not restorer
+    assert average is not restorer and reports[0][1:3] == (reference, average)
     assert any(not torch.equal(a, b) for a, b in zip(looks[1], restorer.weights()))
     assert len(looks) == 4 and "average of iteration 4" in capsys.readouterr().out
 
