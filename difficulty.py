@@ -22,7 +22,6 @@ Chosen here because the paper's text is not public [R]:
  3. Each judged step has its own history: the scale of the reward changes along the chain.
  4. s is the interquartile range / 1.349, the standard deviation of a Gaussian that outliers
     leave alone.
-
  5. The distance is that of the input's memory, not of the sample itself. Within an input a sample's
     own distance falls as its advantage rises: w A would push bad samples away more than it draws to
     good ones, and its mean would not be zero. On validation photographs the two gain as much LPIPS

@@ -204,12 +204,14 @@ def format_differences(rows, base, names):
 
 
 def write_scores(path, rows, names):
-    """A CSV with a line for each row of the table and image; set scores stand at the first."""
+    """A CSV with a line for each row of the table and image, and one for scores of the set."""
     lines = []
     for row, scores in rows.items():
         for i, image in enumerate(names):
-            values = {key: x[i].item() for key, x in scores.items() if i < len(x)}
+            values = {key: x[i].item() for key, x in scores.items() if len(x) == len(names)}
             lines.append({"row": row, "image": image} | values)
+        together = {key: x.item() for key, x in scores.items() if len(x) != len(names)}
+        lines.append({"row": row, "image": "all together"} | together)
     write_rows(path, lines)
 
 

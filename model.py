@@ -338,7 +338,10 @@ def load(name, task="sr", device="cpu", dtype="float32", controlnet=""):
             source = snapshot_download(source, allow_patterns=FILES, ignore_patterns="safety*")
         settings = read_json(Path(source) / "restorer.json")
         index = read_json(Path(source) / "model_index.json")
-        family = settings.pop("family", None) or PIPELINES[index.get("_class_name")]
+        family = settings.pop("family", None) or PIPELINES.get(index.get("_class_name"))
+        if family not in FAMILIES:
+            hint = f"; its model is {source}/model" if (Path(source) / "model").is_dir() else ""
+            raise OSError("no restorer.json or model_index.json of a known restorer" + hint)
         defaults = settings.pop("defaults", {})
         restorer = FAMILIES[family].from_folder(Path(source), defaults, settings)
         if controlnet:

@@ -146,7 +146,7 @@ def parse_rating(text, form):
 
 
 def tiles_of(images, side):
-    """(B, 3, H, W) -> its disjoint tiles (B, n, 3, side, side), centred; a smaller side is whole."""
+    """(B, 3, H, W) -> its disjoint tiles (B, n, 3, side, side), centred; if smaller, the whole."""
     high, wide = (min(side, length) for length in images.shape[2:])
     top, left = images.shape[2] % high // 2, images.shape[3] % wide // 2
     x = images[..., top:, left:].unfold(2, high, high).unfold(3, wide, wide)
@@ -256,10 +256,11 @@ class PyiqaReward:
             with contextlib.redirect_stdout(sys.stderr):
                 self.metric = pyiqa.create_metric(name, device=torch.device(device))
         self.name, self.sign = name, -1 if self.metric.lower_better else 1
+        self.full = self.metric.metric_mode == "FR"  # needs a reference
 
     @torch.no_grad()
     def __call__(self, images, refs=None):
-        pair = (images, refs) if self.metric.metric_mode == "FR" else (images,)
+        pair = (images, refs) if self.full else (images,)
         with one_line(f"pyiqa:{self.name}", "give references if it needs them, or larger images"):
             scores = self.metric(*[((x.float() + 1) / 2).clamp(0, 1) for x in pair])
         return self.sign * scores.reshape(len(images)).float()
@@ -289,16 +290,20 @@ class Config:
 
 def main():
     cfg, files = parse(Config, positional="image files")
-    needed = len(files) if cfg.ref or cfg.metric in NEEDS_REFS else 0
-    if not files or len(cfg.ref) != needed:
-        raise UserError(f"{len(files)} images, {needed} references needed, {len(cfg.ref)} of --ref")
+    if not files:
+        raise UserError("no images; give image files, as: python reward.py a.png b.png")
     device = pick_device()
     reward = load(cfg.metric, device, cfg.dtype)
-    print(f"{cfg.metric:>12s}  file")
+    full = cfg.metric in NEEDS_REFS or getattr(reward, "full", False)
+    if len(cfg.ref) != len(files) and (full or cfg.ref):
+        raise UserError(f"--ref: give a reference for each of {len(files)} images, in their order")
+    sign = getattr(reward, "sign", 1)  # printed as the metric defines it
+    print(f"{cfg.metric:>12s}{' ↓' if sign < 0 else ''}  file")
     for file, ref_file in zip(files, cfg.ref or files):
         image, ref = (read_image(path)[None].to(device) for path in (file, ref_file))
-        with one_line(file, f"give a larger image, or {ref_file} of its size"):
-            print(f"{reward(image, ref if cfg.ref else None).item():12.4f}  {file}")
+        if image.shape != ref.shape:
+            raise UserError(f"{file}, {ref_file}: sizes differ; a reference has its image's size")
+        print(f"{sign * reward(image, ref if cfg.ref else None).item():12.4f}  {file}")
 
 
 if __name__ == "__main__":

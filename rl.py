@@ -308,7 +308,9 @@ def train(cfg, step_loss=step_loss):
     out = Path(cfg.out or f"runs/{cfg.task}-{cfg.seed}")
     if main:
         new_run(out, cfg.resume)
-        print(f"{accelerator.num_processes} process(es), {accelerator.device}: {cfg}")
+        counts = [len(part) for part in (source, val_source, test_source)]
+        print(f"{accelerator.num_processes} process(es), {device}: {cfg}")
+        print("photographs: {} to train, {} for validation, {} to test".format(*counts))
 
     # what a stopped run left, or what the SFT model makes of the pool
     if cfg.resume:
@@ -399,6 +401,7 @@ def report(cfg, reference, average, judge, source, degrade, out):
     batches = in_batches(lq, hq, reference.device)
     rows = compare(restorers, batches, metrics, cfg.steps, cfg.eta)
     write_scores(out / "scores.csv", rows, names)
+    print(f"{len(names)} crops of {len(source)} images, 3 sampler seeds")
     print(describe(rows, ["sft", "rl"]))
     save_regions(out / "regions.png", source, degrade, restorers, judge, cfg.steps, cfg.eta)
     print(f"wrote {out}: model/, metrics.csv, curves.png, scores.csv, regions.png")

@@ -28,8 +28,8 @@ Chosen here because the paper's text is not public [R in the README]:
  4. All noise is drawn beforehand (`draw`), so that a rollout is a function of its noise: a batch
     can be cut into parts, for memory or for several processes, and gives the same samples.
 
-    python sample.py photo.png --out restored                    # laptop: the shipped x4 restorer
-    python sample.py folder/ --model runs/sr-0/model --out restored    # a fine-tuned one, on a GPU
+    python sample.py photo.png                                   # laptop: the shipped x4 restorer
+    python sample.py folder/ --model runs/sr-0/model --out album       # a fine-tuned one, on a GPU
 """
 
 import math
@@ -278,7 +278,7 @@ def main():
         model: str = option("", "folder or name of a restorer; empty: the shipped one of --task")
         task: str = option("", "see data.py; empty: that of --model, or sr")
         scale: int = option(0, "bicubic enlargement before; 0: 4 for sr, 2 for sr2, ...", least=0)
-        out: str = option("restored", "folder for the PNGs")
+        out: str = option("runs/restored", "folder for the PNGs")
         steps: int = option(0, "DDIM steps, up to 1000; 0: as the restorer was trained", least=0)
         eta: float = option(1.0, "stochasticity of the sampler, 0: none", least=0)
         tile: int = option(256, "largest side in pixels that the network sees at once", least=64)
@@ -303,7 +303,8 @@ def main():
             failed += 1
             continue
         lq = resize(lq, [side * scale for side in lq.shape[-2:]]).clamp(-1, 1)
-        image = restore(restorer, lq.to(restorer.device), steps, cfg.eta, generator(cfg.seed), cfg.tile)
+        noise = generator(cfg.seed)
+        image = restore(restorer, lq.to(restorer.device), steps, cfg.eta, noise, cfg.tile)
         write_image(target, image[0])
     print(f"wrote {len(files) - failed} PNGs to {cfg.out} ({steps} steps, eta {cfg.eta})")
     if failed:

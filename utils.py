@@ -120,7 +120,8 @@ def new_run(out, resume=False):
     if resume and not (out / "checkpoint.safetensors").exists():
         raise UserError(f"--resume: no checkpoint in {out}; start without it")
     if not resume and out.exists() and any(out.iterdir()):  # before its first checkpoint: nothing
-        raise UserError(f"--out {out}: is not empty; choose another, or go on with --resume")
+        more = ", or go on with --resume" if (out / "checkpoint.safetensors").exists() else ""
+        raise UserError(f"--out {out}: is not empty; choose another{more}")
     out.mkdir(parents=True, exist_ok=True)
     return out
 

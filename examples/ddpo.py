@@ -3,7 +3,7 @@
 Black et al. 2024, arXiv 2305.13301: A = (r - mean) / std over the restorations of the same input
 in this iteration; the loss is PPO's alone. What is left of rl.py is its sampler and its loop.
 
-    python examples/ddpo.py --task sr --inputs 16 --samples 4 --out runs/ddpo
+    python examples/ddpo.py --task sr --inputs 32 --samples 4 --cap none --out runs/ddpo
 """
 
 import sys

@@ -1,6 +1,6 @@
 """The RL term as the signed SFT loss on own samples, instead of the policy gradient of each step.
 
-  L_RL,i = A_i || network(z_t, t, lq_i) - target(z0_hat_i) ||^2,  z0_hat_i = encode(restored_i, lq_i)
+  L_RL,i = A_i || network(z_t, t, lq_i) - target(z0_hat_i) ||^2,   z0_hat_i the sampled latent
 at random times t: good restorations are learned from as if they were ground truth, bad ones are
 unlearned. A step's own noise is a small part of what makes a sample good, the sample's whole
 displacement is all of it, so this needs fewer samples. (Advantage-weighted matching and other

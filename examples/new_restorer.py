@@ -5,8 +5,8 @@ It says how an image becomes the latent z and back (encode, decode), what the ne
 the same. `--trainable` takes words in the names of its parameters ("head": the last layer here).
 
     python examples/new_restorer.py sft --task denoise --steps 400 --out runs/sft-mine
-    python examples/new_restorer.py rl --task denoise --model runs/sft-mine/model --trainable head \\
-        --out runs/mine
+    python examples/new_restorer.py rl --task denoise --model runs/sft-mine/model \\
+        --trainable head --out runs/mine
 """
 
 import sys

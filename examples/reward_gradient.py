@@ -2,10 +2,13 @@
 
   L_RL,i = -M(restored_i),  differentiated through judge, decoder and all steps
 as DRaFT does (Clark et al. 2024, arXiv 2309.17400). It has no noise of the policy gradient, so it
-reaches far higher scores of the judge in the same time, and finds what fools it just as fast: look
-at the metrics that nobody here trained (results/README.md) before you believe the judge.
+reaches far higher scores of the judge in the same time, and finds what fools it just as fast. In
+the first edition (commit 07cce09, sr, seed 150) it closed 84 % of the judge's gap to the ground
+truth and 56 % of judge2's, at +0.07 dB of PSNR-Y; LPIPS was 0.018 worse than before, BRISQUE 5.2,
+NIQE 0.51, DISTS 0.005.
 
-    python examples/reward_gradient.py --task sr --iterations 12 --lr 1e-4 --views 1 --out runs/fooled
+    python examples/reward_gradient.py --task sr --iterations 12 --lr 1e-4 --views 1 \\
+        --out runs/fooled
 """
 
 import sys

@@ -11,13 +11,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import rl
 from difficulty import iqa_gap, median_spread
-from rl import Config, better, grad_shares, kl_to_reference, policy_loss
+from rl import Config, better, policy_loss
 from sample import draw
 from utils import UserError, generator, load_checkpoint, parse
 
@@ -39,14 +40,6 @@ def test_clipped_loss_has_the_right_gradient_sign():
     assert info["approx_kl"].item() == pytest.approx(0.5 * 0.01 * 3 / 5)
 
 
-def test_kl_equals_torch_distributions(gen):
-    mean, ref = torch.randn(2, 3, 2, 4, 4, generator=gen)
-    sigma = torch.tensor([0.1, 0.5, 1.0])
-    normal, wide = torch.distributions.Normal, sigma.view(-1, 1, 1, 1)
-    expected = torch.distributions.kl_divergence(normal(mean, wide), normal(ref, wide))
-    torch.testing.assert_close(kl_to_reference(mean, ref, sigma), expected.mean((1, 2, 3)))
-
-
 def test_better_has_a_higher_reward_and_lost_little_of_both_psnr():
     def row(reward, psnr_y=28.0, psnr=26.0):
         return {"val_reward": reward, "val_psnr_y": psnr_y, "val_psnr": psnr}
@@ -55,15 +48,6 @@ def test_better_has_a_higher_reward_and_lost_little_of_both_psnr():
     assert not better(row(0.9, 27.79), sft, sft, 0.2)
     assert not better(row(0.9, 28.0, 25.79), sft, sft, 0.2)
     assert not better(row(0.6), row(0.7), sft, 0.2)
-
-
-def test_shares_of_the_gradient_add_up():
-    p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-    shares = grad_shares({"rl": 3 * p.sum(), "sft": p[0] + 0 * p[1], "kl": 0 * p.sum()}, [p])
-    norm = 3 * math.sqrt(2)
-    assert shares == pytest.approx({"share_rl": norm / (norm + 1), "share_sft": 1 / (norm + 1),
-                                    "share_kl": 0.0})
-    assert p.grad is None
 
 
 def test_step_loss_is_the_papers(tiny_restorer, gen):
@@ -90,9 +74,13 @@ def test_step_loss_is_the_papers(tiny_restorer, gen):
         expected += (w * policy + (1 - w) * 0.3 * sft[i] + 0.2 * kl) / 3
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(sum(info["terms"].values()), loss)
+    lengths = {}
     for name, term in info["terms"].items():
         grads = torch.autograd.grad(term, restorer.weights(), retain_graph=True)
-        assert sum(g.abs().sum() for g in grads) > 0, name
+        lengths[f"share_{name}"] = sum(g.square().sum() for g in grads).sqrt().item()
+    shares = rl.grad_shares(info["terms"], restorer.weights())
+    assert shares == pytest.approx({k: x / sum(lengths.values()) for k, x in lengths.items()})
+    assert min(lengths.values()) > 0 and restorer.weights()[0].grad is None
 
 
 # ---- the phases ----
@@ -109,11 +97,9 @@ def brightness(images, refs=None):
 @pytest.mark.parametrize("mode", ("final", "step"))
 def test_collect_in_parts_gives_the_samples_of_one_batch(mode, tiny_restorer, gen):
     restorer, lq = tiny_restorer(), torch.rand(6, 3, 16, 16, generator=gen) * 2 - 1
-    seen = []
 
     def judge(images, refs):
-        seen.append((images, refs))
-        return brightness(images)
+        return (images * refs).mean((1, 2, 3))
 
     def run(micro_batch):
         cfg = Config(steps=4, reward_mode=mode, micro_batch=micro_batch)
@@ -125,19 +111,11 @@ def test_collect_in_parts_gives_the_samples_of_one_batch(mode, tiny_restorer, ge
     path = batch["path"]
     clean = [path.z[-1]] if mode == "final" else [*path.x0[1:], path.z[-1]]
     for k, z in enumerate(clean):
-        torch.testing.assert_close(whole[:, k], brightness(restorer.decode(z, lq)))
-    assert torch.equal(seen[0][1], lq.flip(3)) and len(clean) == whole.shape[1]
+        torch.testing.assert_close(whole[:, k], judge(restorer.decode(z, lq), lq.flip(3)))
+    assert len(clean) == whole.shape[1]
     torch.testing.assert_close(parts[1]["z0"], restorer.encode(lq.flip(3)[2:4], lq[2:4]))
     torch.testing.assert_close(parts[2]["path"].z[0], path.z[0, 4:])
     assert not torch.allclose(path.z[0, 0], path.z[0, 1])
-
-
-def test_a_judge_without_any_score_ends_the_run(tiny_restorer, gen):
-    def silent(images, refs):
-        return torch.full((len(images),), math.nan)
-    with pytest.raises(UserError, match="--reward judge"):
-        rl.collect(tiny_restorer(), silent, torch.zeros(2, 3, 16, 16), torch.zeros(2, 3, 16, 16),
-                   gen, Config(steps=2), one_process())
 
 
 def test_update_visits_each_step_once_with_the_noise_of_its_own_samples(tiny_restorer, gen):
@@ -166,8 +144,6 @@ def test_update_visits_each_step_once_with_the_noise_of_its_own_samples(tiny_res
         t, eps = rl.draw_noise(restorer, lq, gen)
         assert torch.equal(torch.cat([calls[i][2], calls[i + 1][2]]), t)
         assert torch.equal(torch.cat([calls[i][3], calls[i + 1][3]]), eps)
-    moved = [calls[i][4].sum().item() for i in range(8)]
-    assert len(set(moved[:4])) == len(set(moved[4:])) == 1 and moved[3] != moved[4]
     # each optimizer step takes the mean gradient of its four parts, clipped to length 1
     step = -1 / math.sqrt(parameter.numel())
     torch.testing.assert_close(calls[4][4], start + step)
@@ -186,7 +162,8 @@ SMALL = Config(iterations=4, inputs=4, pool=6, size=32, steps=4, views=1, micro_
 def run(tmp_path, tiny_restorer, photo_folder, monkeypatch):
     """Trains a tiny restorer by a toy judge, brightness; without the final report."""
     tiny_restorer().save(tmp_path / "start")
-    monkeypatch.setattr(rl, "load_reward", lambda name, device: brightness)
+    judges = {"toy": brightness, "mute": lambda images, refs: brightness(images) * math.nan}
+    monkeypatch.setattr(rl, "load_reward", lambda name, device: judges[name])
     monkeypatch.setattr(rl, "report", lambda *args: None)
     monkeypatch.setattr(rl, "LOOK_EVERY", 2)
 
@@ -220,14 +197,18 @@ def rows(folder):
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
+def ratios_are_one(log):
+    """At the first micro-batch of each iteration, of which something was learned."""
+    return all(row["ratio_error"] <= 1e-6 and row["grad_norm"] > 0 for row in log[1:])
+
+
 @pytest.mark.parametrize("changes", ({}, {"samples": 2, "cap": "none"}, {"reward_mode": "step"},
                                      {"weight": "running"}))
 def test_memory_advantage_difficulty_and_weight_are_of_the_right_samples(changes, run, monkeypatch):
     """The loop again in plain Python, from the rewards that it saw."""
-    collected, advantage = spy(monkeypatch, "collect"), spy(monkeypatch, "advantages")
-    weighed, updated = spy(monkeypatch, "weights"), spy(monkeypatch, "update")
-    pools = spy(monkeypatch, "pool")
+    collected, updated, pools = (spy(monkeypatch, x) for x in ("collect", "update", "pool"))
     log = rows(run("plain", **changes))
+    assert ratios_are_one(log) and any(row["approx_kl"] > 0 for row in log[1:])
     lq, hq = pools[0][1]
     reward_hq = brightness(hq)
     capped = changes.get("cap") != "none"
@@ -239,18 +220,15 @@ def test_memory_advantage_difficulty_and_weight_are_of_the_right_samples(changes
     def mean(i, k):
         latest = history[i, k][-rl.MEMORY:]
         return sum(latest) / len(latest)
-
-    def ids_of(args):  # which inputs were restored: found by their pixels
-        return [next(i for i in range(6) if torch.equal(x, lq[i])) for x in args[2]]
     for (args, (_, rewards)) in collected[:2]:
         for i, row in enumerate(rewards.tolist()):
             for k, reward in enumerate(row):
                 history.setdefault((i, k), []).append(counts(i, reward))
     last = rewards.shape[1] - 1
     distance_sft = iqa_gap(torch.tensor([mean(i, last) for i in range(6)]), reward_hq)
-    weighed = [call for call in weighed if len(call[0][1]) > 2]  # without that of `check`
     for n, (args, (batches, rewards)) in enumerate(collected[2:]):
-        ids = ids_of(args)
+        # which inputs were restored: found by their pixels
+        ids = [next(i for i in range(6) if torch.equal(x, lq[i])) for x in args[2]]
         now = iqa_gap(torch.tensor([mean(i, last) for i in range(6)]), reward_hq)
         assert all(torch.equal(y, hq[i]) for y, i in zip(args[3], ids))
         assert len(set(ids)) == 4
@@ -258,14 +236,12 @@ def test_memory_advantage_difficulty_and_weight_are_of_the_right_samples(changes
         baseline = torch.tensor([[mean(i, k) for k in range(last + 1)] for i in ids])
         a = gains - baseline
         a = ((a - a.mean(0)) / (a.std(0, correction=0) + 1e-4)).clamp(-5, 5)
-        torch.testing.assert_close(advantage[n][1], a, rtol=1e-3, atol=1e-4)
         for i, row in zip(ids, gains.tolist()):
             for k, reward in enumerate(row):
                 history[i, k].append(reward)
         distance = now[ids]
         m, s = median_spread(now if changes.get("weight") == "running" else distance_sft)
         w = torch.sigmoid(2 * (distance - m) / s)
-        torch.testing.assert_close(weighed[n][1], w)
         for batch in updated[n][0][4]:
             torch.testing.assert_close(batch["weight"], w[batch["own"]])
             torch.testing.assert_close(batch["advantage"], a.expand(-1, 4)[batch["own"]],
@@ -277,30 +253,10 @@ def test_memory_advantage_difficulty_and_weight_are_of_the_right_samples(changes
     assert len(set(starts)) == len(starts)  # other noise in every iteration
 
 
-def test_each_split_is_used_for_what_it_is_and_settings_arrive(run, monkeypatch):
-    pools, held, seen = spy(monkeypatch, "pool"), spy(monkeypatch, "held_out"), spy(monkeypatch, "views")
-    reports, rates, update = [], [], rl.update
-
-    def watched(*args):
-        rates.append(args[3].param_groups[0]["lr"])
-        return update(*args)
-    monkeypatch.setattr(rl, "update", watched)
-    monkeypatch.setattr(rl, "report", lambda *args: reports.append(args))
-    folder = run("splits", views=4, steps=3)
-    assert len(pools[0][0][0]) == 3 and all("train/" in name for name in pools[0][0][0].names)
-    assert held[0][0][0].names == ["val/flag"] and seen[0][0][1] == 4
-    cfg, reference, average, judge, source, *_ = reports[0]
-    assert source.names == ["test/cat"] and judge is brightness
-    assert rates == [rl.learning_rate(i, 4, 1e-3, rl.WARMUP, rl.FLOOR) for i in range(4)]
-    saved, start = rl.load(str(folder / "model")), rl.load(str(folder.parent / "start"))
-    assert saved.defaults == {"task": "sr", "steps": 3, "eta": 1.0}
-    for other, kept in ((start, reference), (saved, average)):
-        other.train_only("modulation")
-        assert all(torch.equal(a, b) for a, b in zip(other.weights(), kept.weights()))
-
-
-def test_reference_stays_and_average_is_judged_and_the_best_is_kept(run, monkeypatch, capsys):
-    updated, looks, reports = spy(monkeypatch, "update"), [], []
+def test_splits_and_settings_arrive_and_the_best_average_is_kept(run, monkeypatch, capsys):
+    pools, held, seen, rates, updated = (spy(monkeypatch, name) for name in (
+        "pool", "held_out", "views", "learning_rate", "update"))
+    looks, reports = [], []
     scores = iter([0.1, 0.3, 0.9, 0.5])  # at the start, and after iterations 2, 4, 6
 
     def validate(average, val, judge, cfg):
@@ -308,25 +264,23 @@ def test_reference_stays_and_average_is_judged_and_the_best_is_kept(run, monkeyp
         return {"val_reward": next(scores), "val_psnr_y": 1.0, "val_psnr": 1.0}
     monkeypatch.setattr(rl, "validate", validate)
     monkeypatch.setattr(rl, "report", lambda *args: reports.append(args))
-    folder = run("best", iterations=6)
-    loss_of, restorer, average = updated[0][0][:3]
+    folder = run("best", iterations=6, views=4, steps=3, dtype="bfloat16")
+    (train, *_), loss_of, (val, *_) = pools[0][0], updated[0][0][0], held[0][0]
+    assert len(train) == 3 and all("train/" in name for name in train.names)
+    assert val.names == ["val/flag"] and seen[0][0][1] == 4
+    assert [args for args, _ in rates] == [(i, 6, 1e-3, rl.WARMUP, rl.FLOOR) for i in range(6)]
+    _, restorer, average, optimizer, *_ = updated[0][0]
+    assert optimizer.param_groups[0]["lr"] == rates[-1][1]
     reference = loss_of.args[1]
+    assert reports[0][1:4] == (reference, average, brightness)
+    assert reports[0][4].names == ["test/cat"] and average is not restorer
     saved = rl.load(str(folder / "model"))
     saved.train_only("modulation")
     for start, now, ref in zip(looks[0], restorer.weights(), reference.weights()):
         assert torch.equal(start, ref) and not torch.equal(start, now)
     assert all(torch.equal(a, b) for a, b in zip(saved.weights(), looks[2]))
-    assert average is not restorer and reports[0][1:3] == (reference, average)
-    assert any(not torch.equal(a, b) for a, b in zip(looks[1], restorer.weights()))
     assert len(looks) == 4 and "average of iteration 4" in capsys.readouterr().out
-
-
-def test_ratio_is_one_at_the_first_micro_batch(run):
-    for dtype in ("float32", "bfloat16"):
-        log = rows(run(dtype, dtype=dtype))
-        assert all(row["ratio_error"] <= 1e-6 and row["grad_norm"] > 0 for row in log[1:])
-        assert any(row["approx_kl"] > 0 for row in log[1:]) and log[-1]["kl"] > 0
-        assert log[-1]["share_rl"] + log[-1]["share_sft"] + log[-1]["share_kl"] == pytest.approx(1)
+    assert saved.defaults == {"task": "sr", "steps": 3, "eta": 1.0} and ratios_are_one(rows(folder))
 
 
 def test_a_toy_reward_rises(run):
@@ -336,49 +290,37 @@ def test_a_toy_reward_rises(run):
     assert last > first + 0.005
 
 
-def test_same_seed_same_weights_and_resumed_the_same(run, monkeypatch):
-    whole = run("whole")
-    assert weights(run("again")) == weights(whole) != weights(run("other", seed=1))
-    original, calls = rl.update, []
-
-    def crash_at_fourth(*args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return original(*args)
-    monkeypatch.setattr(rl, "update", crash_at_fourth)
-    with pytest.raises(KeyboardInterrupt):
-        run("stopped")
-    monkeypatch.setattr(rl, "update", original)
-    assert weights(run("stopped", resume=True)) == weights(whole)
-    assert rows(whole)[-1]["val_reward"] == rows(whole.parent / "stopped")[-1]["val_reward"]
-    assert json.loads((whole / "config.json").read_text())["iterations"] == 4
-    for changes, words in (({}, "--out"), ({"resume": True, "inputs": 2}, "--inputs 4"),
-                           ({"resume": True, "data": ""}, "--data")):
-        with pytest.raises(UserError, match=words):
-            run("stopped", **changes)
-
-
-def test_other_photographs_are_refused_on_resume_and_nothing_is_lost(run, photo_folder, tmp_path):
-    more = tmp_path / "more"
+def test_resumed_equals_unstopped_and_what_does_not_fit_is_refused(run, monkeypatch, capsys,
+                                                                   photo_folder, tmp_path):
+    whole, more = run("whole"), tmp_path / "more"
     shutil.copytree(photo_folder, more)
-    folder = run("pool", data=str(more))
-    before = (folder / "config.json").read_text()
-    shutil.copy(more / "val/flag.png", more / "val/flag2.png")
-    with pytest.raises(UserError, match="photographs"):
-        run("pool", data=str(more), resume=True, iterations=6)
-    assert (folder / "config.json").read_text() == before
-
-
-def test_a_run_that_kept_nothing_says_so(run, capsys):
-    run("nothing", max_drop=-99.0)
+    rates = [rl.learning_rate(i, 4, 1e-3, rl.WARMUP, rl.FLOOR) for i in range(3)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rl, "learning_rate", Mock(side_effect=[*rates, KeyboardInterrupt]))
+        run("stopped")
+    assert weights(run("stopped", resume=True)) == weights(whole)
+    assert rows(whole)[-1]["val_reward"] == rows(tmp_path / "stopped")[-1]["val_reward"]
+    assert json.loads((whole / "config.json").read_text())["iterations"] == 4
+    capsys.readouterr()
+    other = run("other", seed=1, data=str(more), max_drop=-99.0)
+    assert weights(other) != weights(whole)
     assert "nothing beat the SFT restorer" in capsys.readouterr().out
+    before = (other / "config.json").read_text()
+    shutil.copy(more / "val/flag.png", more / "val/flag2.png")
+    again = {"seed": 1, "data": str(more), "max_drop": -99.0, "resume": True, "iterations": 6}
+    for out, changes, words in (("stopped", {}, "--out"), ("other", again, "photographs"),
+                                ("stopped", {"resume": True, "inputs": 2}, "--inputs 4"),
+                                ("stopped", {"resume": True, "data": ""}, "--data")):
+        with pytest.raises(UserError, match=words):
+            run(out, **changes)
+    assert (other / "config.json").read_text() == before
 
 
 @pytest.mark.parametrize("changes, words", (
-    ({"weight": "fixed:3"}, "--weight"), ({"reward": "judge2"}, "--reward"), ({"weight": "x"}, "--weight"),
-    ({"inputs": 7}, "--inputs"), ({"size": 36}, "--size"), ({"micro_batch": 3}, "--micro-batch"),
-    ({"steps": 1}, "--steps"), ({"trainable": "nothing"}, "--trainable"), ({"lr": 1e30}, "--lr")))
+    ({"reward": "judge2"}, "never a reward"), ({"reward": "mute"}, "--reward mute"),
+    ({"weight": "x"}, "--weight"), ({"inputs": 7}, "--inputs"), ({"size": 36}, "--size"),
+    ({"micro_batch": 3}, "--micro-batch"), ({"steps": 1}, "--steps"), ({"lr": 1e30}, "--lr"),
+    ({"trainable": "nothing"}, "--trainable")))
 def test_bad_settings_are_named(changes, words, run):
     with pytest.raises(UserError, match=words):
         run("bad", **changes)

@@ -14,7 +14,9 @@ import torch
 from utils import read_image, write_image
 
 ROOT = Path(__file__).parent.parent
-LEVELS = [("utils", "difficulty", "sample"), ("reward", "model", "data"), ("eval",), ("sft",), ("rl",)]
+LEVELS = (("utils", "difficulty", "sample"), ("reward", "model", "data"),
+          ("eval",), ("sft",), ("rl",))
+HEAVY = {"diffusers", "transformers", "pyiqa", "matplotlib", "accelerate", "scipy"}
 FAST = ["--iterations", 1, "--inputs", 2, "--pool", 2, "--size", 32, "--views", 1, "--steps", 2]
 
 
@@ -27,9 +29,8 @@ def run(*words, folder=ROOT):
 def imports_of(path, everywhere):
     """Modules that a file imports: at its top, or everywhere in it."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = ast.walk(tree) if everywhere else tree.body
     found = set()
-    for node in nodes:
+    for node in ast.walk(tree) if everywhere else tree.body:
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -40,11 +41,10 @@ def imports_of(path, everywhere):
 def test_imports_go_downwards_and_stand_at_the_top():
     known, below = {name for level in LEVELS for name in level}, set()
     assert known == {path.stem for path in ROOT.glob("*.py")}
-    heavy = {"diffusers", "transformers", "pyiqa", "matplotlib", "accelerate", "scipy"}
     for level in LEVELS:
         for name in level:
             top = imports_of(ROOT / f"{name}.py", False)
-            assert top & known <= below and not top & heavy, name
+            assert top & known <= below and not top & HEAVY, name
             if name != "sample":  # its script restores files, and imports for that where it starts
                 assert imports_of(ROOT / f"{name}.py", True) & known == top & known, name
         below |= set(level)
@@ -55,8 +55,7 @@ def test_imports_go_downwards_and_stand_at_the_top():
 def test_a_component_copied_alone_imports(name, beside, tmp_path):
     for file in (name, *beside):
         shutil.copy(ROOT / f"{file}.py", tmp_path)
-    heavy = "{'diffusers', 'transformers', 'pyiqa', 'matplotlib', 'accelerate', 'scipy'}"
-    done = run("-c", f"import sys, {name}; assert not {heavy} & set(sys.modules)", folder=tmp_path)
+    done = run("-c", f"import sys, {name}; assert not {HEAVY} & set(sys.modules)", folder=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -100,10 +99,10 @@ def test_an_example_runs(words, tmp_path, photo_folder):
 
 @pytest.mark.parametrize("words", (
     ["rl.py", "--data", "/nowhere"], ["rl.py", "--model", "/nowhere"], ["rl.py", "--task", "nope"],
-    ["rl.py", "--weight", "fixed:7"], ["rl.py", "--resume", "--out", "/nowhere"], ["rl.py", "--lr", "x"],
-    ["sft.py", "--task", "nope"], ["eval.py"], ["eval.py", "/nowhere"], ["sample.py"],
-    ["sample.py", "/nowhere.png"], ["reward.py"], ["reward.py", "/nowhere.png", "--metric", "nope"],
-    ["reward.py", "/nowhere.png"], ["data.py", "--data", "/nowhere"]))
+    ["rl.py", "--weight", "fixed:7"], ["rl.py", "--resume", "--out", "/nowhere"],
+    ["rl.py", "--lr", "x"], ["sft.py", "--task", "nope"], ["eval.py"], ["eval.py", "/nowhere"],
+    ["sample.py"], ["sample.py", "/nowhere.png"], ["reward.py"], ["reward.py", "/nowhere.png"],
+    ["reward.py", "/nowhere.png", "--metric", "nope"], ["data.py", "--data", "/nowhere"]))
 def test_bad_input_is_one_line_and_exit_code_2(words, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", words)
