@@ -45,6 +45,11 @@ def test_advantage_equals_a_plain_loop(gen):
         assert got[:, k].tolist() == pytest.approx(expected, abs=1e-4)
 
 
+def test_the_memory_does_not_cancel():
+    a = advantages(torch.full((4, 1), 0.5), torch.tensor([[0.2], [0.2], [0.8], [0.8]]))[:, 0]
+    assert (a[:2] > 0.9).all() and (a[2:] < -0.9).all()
+
+
 def test_advantage_is_clipped_and_finite(gen):
     rewards, baseline = torch.rand(2, 40, 1, generator=gen)
     assert (advantages(torch.full((4, 1), 0.3), torch.full((4, 1), 0.3)) == 0).all()

@@ -1,8 +1,4 @@
-"""Tiny random models in the formats of the full-scale ones: few weights, made in moments.
-
-TINY: family -> function that builds its restorer. The latent ones are Stable Diffusion's, with its
-text encoder, tokenizer, autoencoder and schedules, at a hundredth of the width.
-"""
+"""Tiny random models of the full-scale families, TINY[family]() -> restorer, made in moments."""
 
 from model import FAMILIES, PixelRestorer, seeded
 
