@@ -304,13 +304,11 @@ def train(cfg, step_loss=step_loss):
     photographs = [source.fingerprint(), val_source.fingerprint()]  # a resumed run needs the same
     val = in_batches(*held_out(val_source, degrade, cfg.size, 64)[:2], device)
     memory = RewardMemory(cfg.pool, cfg.steps if cfg.reward_mode == "step" else 1, MEMORY)
-    start, rows, chosen = 0, [], 0
     out = Path(cfg.out or f"runs/{cfg.task}-{cfg.seed}")
     if main:
         new_run(out, cfg.resume)
-        counts = [len(part) for part in (source, val_source, test_source)]
-        print(f"{accelerator.num_processes} process(es), {device}: {cfg}")
-        print("photographs: {} to train, {} for validation, {} to test".format(*counts))
+        print(f"{accelerator.num_processes} process(es), {device}: {cfg}\n{len(source)} images "
+              f"to train, {len(val_source)} for validation, {len(test_source)} to test")
 
     # what a stopped run left, or what the SFT model makes of the pool
     if cfg.resume:
@@ -327,7 +325,7 @@ def train(cfg, step_loss=step_loss):
         best = {name: x.clone() for name, x in average.state_dict().items()}
         reward_hq = baseline(restorer, judge, memory, lq, hq, cfg, accelerator)
         distance_sft = iqa_gap(memory.mean()[:, -1], reward_hq)
-        rows = [{"iteration": 0, **validate(average, val, judge, cfg)}]
+        start, rows, chosen = 0, [{"iteration": 0, **validate(average, val, judge, cfg)}], 0
 
     bar = tqdm(range(start, cfg.iterations), "rl", cfg.iterations, initial=start, disable=not main)
     for iteration in bar:
@@ -352,8 +350,7 @@ def train(cfg, step_loss=step_loss):
         # update
         peak = learning_rate(iteration, cfg.iterations, cfg.lr, WARMUP, FLOOR)
         optimizer.param_groups[0]["lr"] = peak
-        last = iteration + 1 == cfg.iterations
-        look = (iteration + 1) % LOOK_EVERY == 0 or last
+        look = (iteration + 1) % LOOK_EVERY == 0 or iteration + 1 == cfg.iterations
         loss_of = functools.partial(step_loss, restorer, reference, cfg)
         logs = update(loss_of, restorer, average, optimizer, batches, lq[ids], gen, accelerator,
                       look)
