@@ -215,8 +215,7 @@ def parse(config_class, argv=None, positional=None):
     """A flat dataclass of `option` fields -> its command line; a list takes several words.
 
     Returns the dataclass; with `positional` (its help), the pair (dataclass, plain arguments)."""
-    parser = Parser(description=config_class.__doc__, allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=config_class.__doc__, allow_abbrev=False)
     if positional:
         parser.add_argument("paths", nargs="*", help=positional, metavar="PATH")
     for field in dataclasses.fields(config_class):
@@ -226,8 +225,9 @@ def parse(config_class, argv=None, positional=None):
             how = {"action": argparse.BooleanOptionalAction}
         elif isinstance(default, list):
             how = {"nargs": "*"}
+        shown = f"{notes['help']} (default: {default})" if default else notes["help"]
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, default=default, help=notes["help"].replace("%", "%%"), **how)
+        parser.add_argument(flag, default=default, help=shown.replace("%", "%%"), **how)
     values = vars(parser.parse_args(argv))
     paths = values.pop("paths", None)
     cfg = config_class(**values)
