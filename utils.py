@@ -225,7 +225,8 @@ def parse(config_class, argv=None, positional=None):
             how = {"action": argparse.BooleanOptionalAction}
         elif isinstance(default, list):
             how = {"nargs": "*"}
-        shown = f"{notes['help']} (default: {default})" if default else notes["help"]
+        known = str(default) not in ("", "[]", "False")
+        shown = notes["help"] + f" (default: {default})" * known
         flag = "--" + field.name.replace("_", "-")
         parser.add_argument(flag, default=default, help=shown.replace("%", "%%"), **how)
     values = vars(parser.parse_args(argv))
