@@ -62,7 +62,7 @@ class Mine(model.Restorer):
         save_file(net.state_dict(), folder / "network.safetensors")
 
     @classmethod
-    def from_folder(cls, folder, defaults, settings, **parts):
+    def from_folder(cls, folder, defaults, settings):
         from safetensors.torch import load_file
         restorer = cls.create()
         restorer.defaults |= defaults
