@@ -262,7 +262,7 @@ class Source:
         """Changes when an image is added, removed or renamed."""
         return hashlib.sha1(repr(self.names).encode()).hexdigest()
 
-    @lru_cache(16)  # the latest images stay decoded
+    @lru_cache(64)  # the latest images stay decoded
     def __getitem__(self, index):
         lq, hq = self.paths[index]
         large = hq.parent.as_posix().endswith(FOLDERS[3])  # JPEGs, whose blocks vanish if halved

@@ -1,24 +1,37 @@
-"""Trains the small judges of weights/ on a ladder of damage of known severity, and checks them.
+"""Trains the small judges of weights/ on a ladder of damage whose similarity to hq is measured.
+
+A rung's target is what metrics with a reference say of it, so that a judge without one learns to
+predict them, as RankIQA (arXiv 1707.08347) and LEAF learn from such pseudo-labels:
+  q = mean over the metrics of the share of all rungs that are at least as far from their hq,
+so that q is 1 for hq, uniform in [0, 1] for one metric, and on one scale for all kinds of damage.
 
 Loss: cross entropy of the next token behind the stem with soft labels, as in DeQA-Score (You et al.
 2025, arXiv 2501.11561): quality q lies between two neighbouring levels of values v_j > v_k, and
   p_j = (q - v_k) / (v_j - v_k),  p_k = 1 - p_j,  so that the expected value sum_j v_j p_j is q.
 
 Chosen here
- 1. No person scored these images: quality falls linearly with the severity of damage (`ladder`).
+ 1. judge learns LPIPS (alex) and DISTS, on every second training photograph; judge2, of another
+    class, FSIM on the others. LPIPS (vgg), NIQE, BRISQUE, GMSD and VIF are left for the check.
  2. The patch embedding starts as a PCA whitening of patches: quality is in high frequencies.
+ 3. Hardening: a judge learns on, with the output of restorers that RL drove against it (--hacked).
 
-    python weights/train_judge.py --name judge --out runs/judge    # laptop, 40 minutes
-    python weights/train_judge.py --check                          # held-out quality of the judges
+    python weights/photographs.py --out photos                              # what --data holds
+    python weights/train_judge.py --name judge --data photos                # laptop, an hour
+    python weights/train_judge.py --name judge --data photos --start runs/judge \\
+        --hacked runs/hacked/model --out runs/judge-1                       # a round of hardening
+    python weights/train_judge.py --check weights/judge weights/judge2      # held-out quality
 """
 
 import json
+import math
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 import transformers
 from scipy.stats import spearmanr
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -30,51 +43,142 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import get_task, held_out, jpeg, open_split, pool, resize  # noqa: E402
+from data import (Source, fine_detail, get_task, held_out, jpeg, open_split, pool,  # noqa: E402
+                  resize)
 from model import load as load_restorer  # noqa: E402
-from reward import JUDGES, LEVELS, PROMPT, STEM, MLLMJudge, load_judge, ssim  # noqa: E402
+from reward import LEVELS, PROMPT, STEM, MLLMJudge, load_judge  # noqa: E402
+from reward import load as load_reward  # noqa: E402
 from sample import draw, rollout  # noqa: E402
-from utils import atomic, generator, new_run, option, parse, run_main, to_uint8  # noqa: E402
+from utils import (atomic, generator, load_checkpoint, new_run, option, parse,  # noqa: E402
+                   run_main, save_checkpoint, to_uint8)
 
 
-def rescale(image, factor):
-    """(3, H, W) shrunk by `factor` >= 1 and enlarged again, bicubic with antialias."""
+def rescale(image, s):
+    """(3, H, W) shrunk by 1 + 3 s and enlarged again, bicubic with antialias."""
     height, width = image.shape[-2:]
-    small = resize(image[None], [round(height / factor), round(width / factor)])
+    small = resize(image[None], [round(side / (1 + 3 * s)) for side in (height, width)])
     return resize(small, [height, width])[0]
 
 
-DAMAGE = {  # (3, H, W) in [-1, 1], severity in [0, 1], unit noise -> (3, H, W)
-    "blur": lambda x, s, noise: gaussian_blur(x, [13, 13], [0.35 + 2.4 * s] * 2),
-    "noise": lambda x, s, noise: x + 0.02 * (20 ** s - 1) * noise,
-    "jpeg": lambda x, s, noise: jpeg(x, int(95 * (6 / 95) ** s)),
-    "rescale": lambda x, s, noise: rescale(x, 1 + 3 * s)}
-RUNGS = (*DAMAGE, "restored", "restored", "lq", "lq")
+def stripes(image, s, gen):
+    """A sine of period 2 to 8 pixels in a random direction, grey or colored, up to 0.15."""
+    period, angle, phase = (torch.rand(3, generator=gen) * torch.tensor([6, math.pi, 6.3])).tolist()
+    rows, columns = (torch.arange(side) for side in image.shape[1:])
+    place = rows[:, None] * math.sin(angle) + columns * math.cos(angle)
+    wave = torch.sin(2 * math.pi * place / (2 + period) + phase)
+    return image + 0.3 * s ** 2 * wave * uneven(gen)
 
 
-def ladder(hq, restored, lq, severity, gen):
-    """A random rung for each image: hq, restored, lq (B, 3, H, W), severity of lq (B,) in [0, 1].
+def checker(image, s, gen):
+    """A checkerboard of 1 or 2 pixels, grey or colored, up to 0.15 of the range."""
+    side = int(torch.randint(1, 3, (), generator=gen))
+    rows, columns = (torch.arange(length) // side for length in image.shape[1:])
+    return image + 0.3 * s ** 2 * ((rows[:, None] + columns) % 2 * 2 - 1) * uneven(gen)
 
-    Returns (images, quality (B,)). Rungs are DAMAGE of hq, and the blends of hq with restored, and
-    of restored with lq. Quality falls linearly with s, from 1 (hq) to 0.1 (the worst rung, and lq
-    of severity 1, or less damaged). restored has 0.5 up to an SSIM of 2/3, and rises linearly to 1.
+
+def uneven(gen):
+    """Strength of a pattern in each channel, (3, 1, 1): as often grey as colored."""
+    color = torch.rand(3, 1, 1, generator=gen) * 2 - 1
+    return color if torch.rand((), generator=gen) < 0.5 else torch.ones(3, 1, 1)
+
+
+def color_noise(image, s, gen):
+    """Noise that leaves the brightness, of 1 or 2 pixels, of standard deviation up to 24 of 255."""
+    side = int(torch.randint(1, 3, (), generator=gen))
+    noise = torch.randn(3, *(-(-length // side) for length in image.shape[1:]), generator=gen)
+    noise = noise.repeat_interleave(side, 1).repeat_interleave(side, 2)
+    noise = noise - (noise * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0)
+    return image + (0.008 + 0.18 * s ** 2) * noise[:, :image.shape[1], :image.shape[2]]
+
+
+def ring(image, s):
+    """Frequencies above a share 1 - 0.8 s of the highest are cut off sharply (Gibbs' ringing)."""
+    rows, columns = (torch.fft.fftfreq(side).abs() * 2 for side in image.shape[1:])
+    keep = torch.maximum(rows[:, None], columns) <= 1 - 0.8 * s
+    return torch.fft.ifft2(torch.fft.fft2(image) * keep).real
+
+
+def smooth(image, s):
+    """A guided filter (He et al. 2010) of the image by itself: flat where it was almost flat."""
+    def box(x):
+        return F.avg_pool2d(F.pad(x, (2,) * 4, mode="reflect"), 5, 1)
+    mean = box(image)
+    slope = 1 - 1 / (1 + (box(image * image) - mean ** 2) / (0.3 * s ** 2 + 1e-6))
+    return box(slope) * image + box(mean - slope * mean)
+
+
+def tone(image, s, gen):
+    """Gamma, contrast and brightness, all channels or each by itself (a color cast)."""
+    shape = (3, 3, 1, 1) if torch.rand((), generator=gen) < 0.5 else (3, 1, 1, 1)
+    gamma, contrast, shift = s * (torch.rand(shape, generator=gen) * 2 - 1)
+    x = ((image + 1) / 2).clamp(0, 1) ** (1.5 * gamma).exp() * 2 - 1
+    return x * (0.7 * contrast).exp() + 0.5 * shift
+
+
+DAMAGE = {  # (3, H, W) in [-1, 1], severity in [0, 1], generator -> (3, H, W)
+    "blur": lambda x, s, gen: gaussian_blur(x, [13, 13], [0.35 + 2.4 * s] * 2),
+    "noise": lambda x, s, gen: x + 0.02 * (20 ** s - 1) * torch.randn(x.shape, generator=gen),
+    "jpeg": lambda x, s, gen: jpeg(x, int(95 * (6 / 95) ** s)),
+    "rescale": lambda x, s, gen: rescale(x, s),
+    "color noise": color_noise, "stripes": stripes, "checker": checker, "tone": tone,
+    "sharpen": lambda x, s, gen: x + 4 * s * (x - gaussian_blur(x, [7, 7], [1.0, 1.0])),
+    "ring": lambda x, s, gen: ring(x, s), "smooth": lambda x, s, gen: smooth(x, s)}
+LOOKS = ((1, 1.0), (1, 0.0), (2, 1.0), (0.6, 1.0))  # share of the steps, eta
+KINDS = ("sr", "sr2", "denoise", "deblur", "jpeg", "derain", "dehaze", "lowlight", "real")
+RUNGS = 12
+
+
+def damaged(hq, gen):
+    """(3, H, W) by one random entry of DAMAGE, or by two."""
+    x = hq
+    for _ in range(1 if torch.rand((), generator=gen) < 0.75 else 2):
+        kind = list(DAMAGE)[int(torch.randint(len(DAMAGE), (), generator=gen))]
+        x = DAMAGE[kind](x, torch.rand((), generator=gen).item(), gen).clamp(-1, 1)
+    return x
+
+
+@torch.no_grad()
+def restored(restorer, lq, gen, share=1, eta=1.0):
+    """What a restorer makes of lq (B, 3, H, W), with a share of the steps that it learned."""
+    steps, parts = max(2, round(share * restorer.defaults["steps"])), []
+    for part in tqdm(lq.split(32), restorer.defaults["task"], leave=False, delay=2):
+        path = rollout(restorer, *draw(restorer, part, steps, gen), eta)
+        parts.append(restorer.decode(path.z[-1], part))
+    return torch.cat(parts)
+
+
+def ladder(hq, lq, restorer, gen):
+    """RUNGS rungs for each of hq, lq (B, 3, H, W) -> (B, RUNGS, 3, H, W) in [-1, 1], of 8 bits.
+
+    hq; lq; three of LOOKS of the restorer; two mixtures of these (beyond lq - restored - hq, too);
+    five kinds of DAMAGE.
     """
-    of_lq = 1 - 0.9 * (0.3 + 0.7 * severity)
-    of_restored = 1 - 0.5 * (3 * (1 - ssim(restored, hq))).clamp(0, 1)
-    s = torch.rand(len(hq), generator=gen)
-    kinds = torch.randint(len(RUNGS), (len(hq),), generator=gen).tolist()
-    noise = torch.randn(hq.shape, generator=gen)
-    images, quality = [], 1 - 0.9 * s
-    for i, kind in enumerate(kinds):
-        if RUNGS[kind] in DAMAGE:
-            images.append(DAMAGE[RUNGS[kind]](hq[i], s[i].item(), noise[i]))
-        elif RUNGS[kind] == "restored":
-            images.append(torch.lerp(hq[i], restored[i], s[i]))
-            quality[i] = 1 - (1 - of_restored[i]) * s[i]
-        else:
-            images.append(torch.lerp(restored[i], lq[i], s[i]))
-            quality[i] = torch.lerp(of_restored[i], of_lq[i], s[i])
-    return torch.stack(images).clamp(-1, 1), quality
+    looks = torch.stack([restored(restorer, lq, gen, *look) for look in LOOKS])
+    rungs = []
+    for i in range(len(hq)):
+        some = looks[torch.randperm(len(LOOKS), generator=gen)[:3], i]
+        s, beyond = torch.rand(2, generator=gen) * torch.tensor([1.0, 1.4])
+        mixed = [torch.lerp(hq[i], some[0], s), torch.lerp(lq[i], some[1], beyond)]
+        rungs.append(torch.stack([hq[i], lq[i], *some, *mixed,
+                                  *(damaged(hq[i], gen) for _ in range(5))]))
+    return to_uint8(torch.stack(rungs).clamp(-1, 1)).float() / 127.5 - 1
+
+
+def distances(images, hq, metrics):
+    """(B, R, 3, H, W), hq (B, 3, H, W) -> (B, R, M): how far they are by each metric, 0 for hq."""
+    values = []
+    for name in metrics:
+        metric = load_reward(f"pyiqa:{name}")
+        values.append(torch.stack([metric(y[None], y[None]) - metric(x, y.expand_as(x))
+                                   for x, y in zip(tqdm(images, name, leave=False), hq)]))
+    return torch.stack(values, 2).clamp(min=0)
+
+
+def quality(distance, scale):
+    """(..., M) -> (...): 1 minus the share of the values in `scale` (n, M), sorted, below them."""
+    shares = [torch.searchsorted(scale[:, m].contiguous(), distance[..., m].contiguous())
+              for m in range(scale.shape[1])]
+    return 1 - torch.stack(shares).float().mean(0) / len(scale)
 
 
 def soft_label(quality, values):
@@ -82,20 +186,14 @@ def soft_label(quality, values):
     return (1 - (quality[:, None] - values).abs() / (values[0] - values[1])).clamp(min=0)
 
 
-def recolor(images, gen, tone=0.3):
-    """Random gamma, contrast, order and strength of colors; (K, B, 3, H, W), the same for all K.
-
-    tone: how far gamma and contrast stray; a judge that sees much of that does not see haze.
-    """
-    count = images.shape[1]
-    high, low = torch.tensor([0.8, 0.5, 1.4]), torch.tensor([0.7, 0.6, -0.2])
-    drawn = torch.rand(count, 3, generator=gen) * high + low
-    gamma, contrast, color = drawn.T.view(3, count, 1, 1, 1)
-    gamma, contrast = 1 + tone * (gamma - 1), 1 + tone * (contrast - 1)
-    order = torch.rand(count, 3, generator=gen).argsort(1)
-    x = (((images + 1) / 2) ** gamma * 2 - 1) * contrast
-    x = x.gather(2, order[None, :, :, None, None].expand_as(x))  # channels in another order
-    return torch.lerp(x.mean(2, keepdim=True), x, color.clamp(0, 1)).clamp(-1, 1)
+def recolor(images, gen):
+    """A little gamma and contrast, colors in another order and strength; (B, 3, H, W)."""
+    count = len(images)
+    gamma, contrast, color = torch.rand(3, count, 1, 1, 1, generator=gen)
+    order = torch.rand(count, 3, generator=gen).argsort(1)[:, :, None, None]
+    x = (((images + 1) / 2) ** (0.9 + 0.2 * gamma) * 2 - 1) * (0.9 + 0.1 * contrast)
+    x = x.gather(1, order.expand_as(x))  # channels in another order
+    return torch.lerp(x.mean(1, keepdim=True), x, (1.4 * color).clamp(0.2, 1)).clamp(-1, 1)
 
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
@@ -103,16 +201,18 @@ PATCH = {"patch_size": 8, "temporal_patch_size": 1}
 TEXT = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "bos_token_id": None,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192,
         "initializer_range": 0.1}
-BUILD = {  # judge2 differs in class, size, patch order, training crops and seed
+BUILD = {  # judge2 differs in class, size, seed, photographs (half: which) and labels
     "judge": {
-        "seed": 1, "steps": 6000, "model_type": "qwen3_vl", "processor": "Qwen3VLProcessor",
+        "seed": 1, "half": 0, "metrics": ["lpips", "dists"],
+        "model_type": "qwen3_vl", "processor": "Qwen3VLProcessor",
         "vision": {"depth": 3, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4,
                    "out_hidden_size": 128, "num_position_embeddings": 64,
                    "deepstack_visual_indexes": []},
         "text": {"head_dim": 32, "rope_parameters": ROPE | {
             "mrope_section": [6, 5, 5], "mrope_interleaved": True}}},
     "judge2": {
-        "seed": 2, "steps": 2000, "model_type": "qwen2_5_vl", "processor": "Qwen2_5_VLProcessor",
+        "seed": 2, "half": 1, "metrics": ["fsim"],
+        "model_type": "qwen2_5_vl", "processor": "Qwen2_5_VLProcessor",
         "vision": {"depth": 4, "hidden_size": 112, "intermediate_size": 256, "num_heads": 4,
                    "out_hidden_size": 96, "window_size": 64, "fullatt_block_indexes": [0, 1, 2, 3]},
         "text": {"hidden_size": 96, "rope_parameters": ROPE | {"mrope_section": [4, 4, 4]}}}}
@@ -169,91 +269,146 @@ def whiten_patches(judge, images):
         projection.bias[:len(rows)] = -(rows @ mean).float()
 
 
-@torch.no_grad()
-def crops(split, task, count, gen):
-    """(hq, restored, lq, severity) of `count` crops, by the shipped restorer of the task."""
-    source = open_split(SimpleNamespace(data="", lq="", hq="", match="same", task=task), split)
-    degrade, seed = get_task(task), gen.initial_seed() % 2 ** 31
-    hq = (pool(source, degrade, 64, seed, count) if split == "train" else
-          held_out(source, degrade, 64, count))[1]
-    lq, severity = degrade(hq, gen)  # again, for the severity
-    restorer = load_restorer("", task, dtype="bfloat16")
-    steps, eta = restorer.defaults["steps"], restorer.defaults["eta"]
-    restored = []
-    for number, part in enumerate(tqdm(lq.split(32), desc=task, leave=False)):
-        own_eta = 0.0 if split == "train" and number % 3 == 0 else eta  # more than one look
-        path = rollout(restorer, *draw(restorer, part, steps, gen), own_eta)
-        restored.append(restorer.decode(path.z[-1], part))
-    return hq, torch.cat(restored), lq, severity
+def crops(data, half, task, count, seed):
+    """(lq, hq) of a task, (count, 3, 64, 64): random crops of one half of the training photographs
+    with fine detail, half of them in other colors. half None: held-out ones of validation."""
+    cfg, degrade = SimpleNamespace(data=data, lq="", hq=""), get_task(task)
+    if half is None:
+        return held_out(open_split(cfg, "val"), degrade, 64, count)[:2]
+    source = open_split(cfg, "train")
+    names = [name for name in source.names if "motorcycle_right" not in name]  # one scene with left
+    files = dict(zip(source.names, source.paths))
+    source = Source([(name, *files[name]) for name in names[half::2]])
+    hq, gen = pool(source, get_task("sr"), 64, seed, 3 * count)[1], generator(seed, 13)
+    hq = torch.stack([x for x in hq if fine_detail(to_uint8(x)) >= 0.03][:count])
+    hq[::2] = recolor(hq[::2], gen)
+    return degrade(hq, gen)[0], hq
+
+
+def build_ladder(cfg, recipe):
+    """{"images": uint8 (n, 3, 64, 64), "distance": (n, M)} of cfg.pool crops of every task."""
+    images, distance = [], []
+    for number, task in enumerate(tqdm(KINDS, "ladder")):
+        seed = 100 * recipe["seed"] + number
+        lq, hq = crops(cfg.data, recipe["half"], task, cfg.pool, seed)
+        restorer = load_restorer("", task, dtype="bfloat16")
+        rungs = ladder(hq, lq, restorer, generator(seed, 10))
+        images.append(to_uint8(rungs).flatten(0, 1))
+        distance.append(distances(rungs, rungs[:, 0], recipe["metrics"]).flatten(0, 1))
+    return {"images": torch.cat(images), "distance": torch.cat(distance)}
+
+
+def hacked_rungs(cfg, recipe):
+    """The same of the output of the restorers cfg.hacked, and of its mixtures with hq."""
+    images, distance = [], []
+    for number, folder in enumerate(cfg.hacked):
+        seed = 1000 * recipe["seed"] + number
+        restorer = load_restorer(folder, dtype="bfloat16")
+        lq, hq = crops(cfg.data, recipe["half"], restorer.defaults["task"], cfg.pool, seed)
+        output = restored(restorer, lq, generator(seed, 10), 1, restorer.defaults["eta"])
+        share = torch.rand(len(hq), 1, 1, 1, generator=generator(seed, 11))
+        rungs = torch.stack([output, torch.lerp(hq, output, share)], 1)
+        images.append(to_uint8(rungs).flatten(0, 1))
+        distance.append(distances(rungs, hq, recipe["metrics"]).flatten(0, 1))
+    return {"images": torch.cat(images), "distance": torch.cat(distance)}
 
 
 def train(cfg):
-    """Trains BUILD[cfg.name] and saves it the transformers way, in float16."""
+    """Trains BUILD[cfg.name]; leaves judge/, in float16, and ladder.safetensors in cfg.out."""
     recipe, out = BUILD[cfg.name], new_run(cfg.out or f"runs/{cfg.name}")
-    total = cfg.steps or recipe["steps"]
-    gen = generator(recipe["seed"], 10)
-    hq, restored, lq, severity = crops("train", "sr", cfg.pool, gen)
-    judge = build_judge(recipe)
-    whiten_patches(judge, hq[:1024])
-    model = judge.model.train()
+    gen = generator(recipe["seed"], 12)
+    if cfg.start:
+        judge = load_judge(f"{cfg.start}/judge")
+        rungs, info = load_checkpoint(f"{cfg.start}/ladder.safetensors")
+    else:
+        judge, rungs, info = build_judge(recipe), build_ladder(cfg, recipe), {}
+        whiten_patches(judge, rungs["images"][::12][:1024])
+        info["base"] = len(rungs["images"])  # whose distances make the scale, in every round
+    if cfg.hacked:
+        more = hacked_rungs(cfg, recipe)
+        rungs = {key: torch.cat([value, more[key]]) for key, value in rungs.items()}
+    save_checkpoint(out / "ladder.safetensors", rungs, info)
+    base = rungs["distance"][:info["base"]]
+    target = quality(rungs["distance"], base[(base > 0).all(1)].sort(0).values)
+    model, rate = judge.model.train(), 0.3 if cfg.start else 1.0
     matrices, others = [], []
     for name, weight in model.named_parameters():
         (matrices if weight.ndim == 2 and "embed" not in name else others).append(weight)
     optimizers = [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.02),
                   torch.optim.AdamW(others, lr=1e-3, weight_decay=0.05)]
-    schedules = [OneCycleLR(optimizer, peak, total, pct_start=0.1, cycle_momentum=False)
+    schedules = [OneCycleLR(optimizer, peak * rate, cfg.steps, pct_start=0.1, cycle_momentum=False)
                  for optimizer, peak in zip(optimizers, (0.02, 1e-3))]
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
-    for _ in tqdm(range(total), desc=cfg.name):
-        pick = torch.randint(len(hq), (48,), generator=gen)
-        turn, mirror = torch.randint(4, (2,), generator=gen).tolist()
-        versions = torch.rot90(torch.stack([hq[pick], restored[pick], lq[pick]]), turn, (3, 4))
-        versions = recolor(versions.flip(4) if mirror % 2 else versions, gen)
-        images, quality = ladder(*versions, severity[pick], gen)
-        logits = model(**judge.inputs(to_uint8(images))).logits[:, -1]
+    bar, smooth_loss = tqdm(range(cfg.steps), cfg.name), 1.6
+    for _ in bar:
+        pick = torch.randint(len(target), (48,), generator=gen)
+        images = [torch.rot90(part.flip(3) if view % 2 else part, view // 2, (2, 3))
+                  for view, part in enumerate(rungs["images"][pick].split(6))]
+        logits = model(**judge.inputs(torch.cat(images))).logits[:, -1]
         log_p = logits.log_softmax(-1)[:, judge.ids]  # over the whole vocabulary
-        loss = -(soft_label(quality, judge.values) * log_p).sum(1).mean()
+        loss = -(soft_label(target[pick], judge.values) * log_p).sum(1).mean()
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for part in optimizers + schedules:
             part.step()
         average.update_parameters(model)
-    with atomic(out) as folder:
+        smooth_loss += 0.01 * (loss.item() - smooth_loss)
+        bar.set_postfix(loss=f"{smooth_loss:.3f}")
+    with atomic(out / "judge") as folder:
         average.module.half().save_pretrained(folder)
         judge.processor.save_pretrained(folder)
-    print(f"wrote {out}")
+    print(f"wrote {out}/judge")
 
 
-def check(count=128, rounds=8):
-    """Prints the rank correlation of both judges with the ladder on test crops, for each task."""
-    print("| task | judge | rank | lq | restored | hq | hq over restored |\n" + "|---" * 7 + "|")
-    for task in ("sr", "denoise", "deblur", "jpeg", "derain", "dehaze", "lowlight", "real"):
-        hq, restored, lq, severity = crops("test", task, count, generator(0, 11))
-        for name in BUILD:
-            judge, gen = load_judge(**JUDGES[name]), generator(0, 12)
-            rungs = [ladder(hq, restored, lq, severity, gen) for _ in range(rounds)]
-            scores = torch.cat([judge(images) for images, _ in rungs])
-            rank = spearmanr(scores, torch.cat([quality for _, quality in rungs])).statistic
-            of_lq, of_restored, of_hq = judge(lq), judge(restored), judge(hq)
-            means = [scores.mean() for scores in (of_lq, of_restored, of_hq)]
-            cells = [rank, *means, (of_hq > of_restored).float().mean()]
-            print(f"| {task} | {name} | {' | '.join(f'{cell:.3f}' for cell in cells)} |")
+def check(folders, data="", count=64):
+    """Prints how far judges predict metrics that they never saw, on held-out crops of all tasks."""
+    judges = {folder: load_judge(folder, tile=64) for folder in folders}
+    seen = ["lpips-vgg", "gmsd", "vif"]
+    print(f"| task | judge | {' | '.join(seen)} | lq | restored | hq | hq over restored |")
+    print("|---" * 9 + "|")
+    for number, task in enumerate(KINDS):
+        lq, hq = crops(data, None, task, count, 0)
+        rungs = ladder(hq, lq, load_restorer("", task, dtype="bfloat16"), generator(number, 14))
+        far = distances(rungs, rungs[:, 0], seen).flatten(0, 1)
+        for name, judge in judges.items():
+            scores = judge(rungs.flatten(0, 1))
+            ranks = [-spearmanr(scores, far[:, m]).statistic for m in range(len(seen))]
+            of_hq, of_lq, *looks = scores.view(len(hq), RUNGS)[:, :5].T
+            looks = torch.stack(looks)
+            over = (of_hq > looks).float().mean()
+            cells = [*ranks, of_lq.mean(), looks.mean(), of_hq.mean(), over]
+            row = " | ".join(f"{cell:.3f}" for cell in cells)
+            print(f"| {task} | {name} | {row} |", flush=True)
+    noisy = hq + 4 / 127.5 * torch.randn(hq.shape, generator=generator(0, 15))
+    grain = noisy - hq - (noisy - hq).mean(1, keepdim=True)
+    print("\n| judge | color noise of std 4 lowers | spread over 8 views | ms per image |")
+    print("|---" * 4 + "|")
+    for name, judge in judges.items():
+        lower = (judge(hq + grain) < judge(hq)).float().mean()
+        start = time.time()
+        views_of = torch.stack([judge(torch.rot90(x, turn, (2, 3))) for turn in range(4)
+                                for x in (rungs[:, 2], rungs[:, 2].flip(3))])
+        cost = 1000 * (time.time() - start) / views_of.numel()
+        print(f"| {name} | {lower:.3f} | {views_of.std(0).mean():.4f} | {cost:.1f} |")
 
 
 @dataclass
 class Config:
-    """Trains a small judge, or checks the shipped ones."""
+    """Trains a small judge, or checks judges."""
     name: str = option("judge", "which judge", choices=sorted(BUILD))
+    data: str = option("photos", "folder of photographs, see photographs.py")
     out: str = option("", "folder to write; empty: runs/NAME")
-    steps: int = option(0, "optimizer steps; 0: those of the recipe", least=0)
-    pool: int = option(2048, "training crops, restored once", least=48)
-    check: bool = option(False, "measure the shipped judges on test photographs instead")
+    steps: int = option(6000, "optimizer steps", least=1)
+    pool: int = option(240, "crops for each task, and for each restorer in --hacked", least=1)
+    start: str = option("", "folder of an earlier run, to go on from its judge and ladder")
+    hacked: list = option([], "folders of restorers whose output joins the ladder")
+    check: list = option([], "measure these judges on validation photographs instead")
 
 
 def main():
     cfg = parse(Config)
-    check() if cfg.check else train(cfg)
+    check(cfg.check, cfg.data) if cfg.check else train(cfg)
 
 
 if __name__ == "__main__":
