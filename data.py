@@ -205,14 +205,13 @@ def degrade_sr(hq, generator=None, scale=4):
     return lq, torch.full((len(hq),), (scale - 1) / 3)
 
 
-def degrade_mixed(hq, generator=None):
-    """One of the other eight kinds for each image; sr with scale 2, 3 or 4."""
+def degrade_mixed(hq, generator=None, kinds=()):
+    """One of `kinds`, else of all other tasks without a fixed severity, for each image."""
     results = []
     for image in hq.split(1):
-        kind = ["sr", *FORMULAS][int(torch.randint(8, (), generator=generator))]
-        if kind == "sr":
-            kind = f"sr{int(torch.randint(2, 5, (), generator=generator))}"
-        results.append(TASKS[kind](image, generator))
+        names = kinds or ("sr2", "sr3", "sr4", *FORMULAS)
+        name = names[int(torch.randint(len(names), (), generator=generator))]
+        results.append(TASKS[name](image, generator))
     lq, severity = zip(*results)
     return torch.cat(lq), torch.cat(severity)
 

@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 from data import SHIPPED, progress, shipped  # noqa: E402
 from utils import UserError, atomic, option, parse, read_image, run_main, write_image  # noqa: E402
 
-VAL = ("image-montmartre_far palapeli-castle-maintenon opencv-scenetext06 opencv-butterfly "
-       "lomiri-picosdeeuropa_by_Aitzol_Berasategi")
+VAL = ("image-montmartre_far", "lomiri-picosdeeuropa_by_Aitzol_Berasategi", "opencv-butterfly",
+       "opencv-scenetext06", "palapeli-castle-maintenon")
 PACKAGES = {  # name: (licence, folder in the package, files with factors)
     "scikit-learn": ("CC-BY-2.0", "sklearn/datasets/images", "china.jpg/1 flower.jpg/1"),
     "image-matching-models": (
@@ -101,7 +101,7 @@ def gather(out):
             fetch(package, place)
             for file, factor in (entry.rsplit("/", 1) for entry in files.split()):
                 name = name_of(package, file)
-                split = "val" if name in VAL.split() else "train"
+                split = "val" if name in VAL else "train"
                 image = F.avg_pool2d(read_image(place / folder / file), int(factor))
                 write_image(target / split / f"{name}.png", image)
 

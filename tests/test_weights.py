@@ -1,0 +1,79 @@
+"""The ladder from which the judges learn, the list of photographs, the table of all tasks."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "weights"), str(ROOT / "results")]
+
+import photographs  # noqa: E402
+import tasks  # noqa: E402
+import train_judge  # noqa: E402
+from data import degrade_sr  # noqa: E402
+from reward import luma, psnr  # noqa: E402
+from utils import read_image  # noqa: E402
+
+
+@pytest.fixture
+def hq(photo_folder):
+    return read_image(photo_folder / "train/suit.png")[:, :64, :64]
+
+
+def test_quality_is_the_share_of_rungs_that_are_farther():
+    scale = torch.tensor([[0.1, 4.0], [0.2, 1.0], [0.3, 2.0], [0.4, 3.0]]).sort(0).values
+    far = torch.tensor([[0.0, 0.0], [0.25, 2.5], [0.9, 9.0], [0.9, 0.0]])
+    got = train_judge.quality(far, scale)
+    assert torch.allclose(got, torch.tensor([1.0, 0.5, 0.0, 0.5]))
+
+
+def test_soft_labels_have_the_quality_as_their_mean():
+    values, quality = torch.linspace(1, 0, 5), torch.tensor([0.0, 0.1, 0.6, 0.75, 1.0])
+    labels = train_judge.soft_label(quality, values)
+    assert torch.allclose(labels @ values, quality) and torch.allclose(labels.sum(1), torch.ones(5))
+    assert ((labels > 0).sum(1) <= 2).all()
+
+
+@pytest.mark.parametrize("kind", train_judge.DAMAGE)
+def test_damage_grows_with_its_severity(kind, hq):
+    def mean_psnr(severity):
+        images = [train_judge.DAMAGE[kind](hq, severity, torch.Generator().manual_seed(i))
+                  for i in range(8)]
+        assert all(x.shape == hq.shape and x.isfinite().all() for x in images)
+        return psnr(torch.stack(images).clamp(-1, 1), hq.expand(8, -1, -1, -1)).mean()
+    assert mean_psnr(0.1) > mean_psnr(0.5) > mean_psnr(1.0)
+
+
+def test_color_noise_leaves_the_brightness(hq, gen):
+    noisy = train_judge.color_noise(hq * 0.5, 0.5, gen)
+    assert (luma(noisy[None]) - luma(hq[None] * 0.5)).abs().mean() < 0.004
+    assert (noisy - hq * 0.5).abs().mean() > 0.02
+
+
+def test_a_ladder_begins_with_hq_and_lq_and_is_of_8_bits(hq, gen, tiny_restorer):
+    lq = degrade_sr(hq[None])[0]
+    rungs = train_judge.ladder(hq[None], lq, tiny_restorer(), gen)
+    assert rungs.shape == (1, train_judge.RUNGS, 3, 64, 64)
+    assert torch.allclose(rungs[0, :2], torch.cat([hq[None], lq]), atol=1 / 254)
+    assert len({tuple(x.flatten()[:99].tolist()) for x in rungs[0]}) == train_judge.RUNGS
+    levels = (rungs + 1) * 127.5
+    assert torch.allclose(levels, levels.round(), atol=1e-3)
+
+
+def test_the_photographs_for_validation_are_in_the_list():
+    names = [photographs.name_of(package, entry.rsplit("/", 1)[0])
+             for package, (_, _, files) in photographs.PACKAGES.items() for entry in files.split()]
+    assert len(set(names)) == len(names) and set(photographs.VAL) <= set(names)
+
+
+def test_a_task_has_the_front_at_the_drop_of_rl():
+    def row(psnr_y, lpips):
+        return {"psnr_y": torch.tensor([psnr_y]), tasks.LPIPS: torch.tensor([lpips])}
+    rows = {"lq": row(20.0, 0.5), "sft": row(26.0, 0.20), "7": row(25.9, 0.18), "8": row(25.9, 0.16),
+            "sft, 6 steps, eta 1.0": row(25.9, 0.19), "sft, 8 steps, eta 1.0": row(25.0, 0.17)}
+    lines = tasks.table_rows("sr", rows, ["7", "8"])
+    assert list(lines) == ["sr, SFT", "sr, 6 steps, eta 1.0", "sr, RL"]
+    assert lines["sr, RL"][tasks.LPIPS] == "-0.0300 ± 0.0100"
+    assert lines["sr, RL"]["x front"] == "3.0"

@@ -1,0 +1,29 @@
+"""Trains a restorer that serves several tasks: SFT with one of them at random for each image.
+
+All flags are those of sft.py; --task names the tasks with + between them.
+
+    python weights/train_restorer.py --task dehaze+lowlight --model weights/sr --data photos
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import sft  # noqa: E402
+from data import TASKS, degrade_mixed, get_task  # noqa: E402
+from utils import parse, run_main  # noqa: E402
+
+
+def main():
+    cfg = parse(sft.Config)
+    kinds = cfg.task.split("+")
+    for kind in kinds:
+        get_task(kind)  # one line if it is not known
+    TASKS[cfg.task] = partial(degrade_mixed, kinds=kinds)
+    sft.train(cfg)
+
+
+if __name__ == "__main__":
+    run_main(main)
