@@ -20,6 +20,7 @@ Chosen here because the paper trains Stable Diffusion, which no laptop does:
  2. lq has the size of hq. Shrinking samples at the centres, which undoes bicubic enlargement.
  3. Weights are float32, `dtype` is of the arithmetic. Guidance is inside `predict`, so that
     rollout and update cannot differ.
+ 4. LoRA (Hu et al. 2021, arXiv 2106.09685): W x + B A x at every linear and convolution layer.
 
     python rl.py --model weights/sr                     # laptop: what is shipped
     python -c 'import model; model.load("sd-controlnet", controlnet="ID").save("my-restorer")'
@@ -32,11 +33,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from utils import UserError, atomic, one_line, write_json
 
 # Norms and time embeddings learn no filters; the layers a ControlNet adds to a UNet start at zero.
-PARTS = {"all": ("",), "modulation": ("norm", "time_emb", "controlnet_")}
+PARTS = {"all": ("",), "modulation": ("norm", "time_emb", "controlnet_"), "lora": (".lora_",)}
+ADAPTER = "pytorch_lora_weights.safetensors"
 
 
 def shrink(lq, factor):
@@ -65,6 +68,20 @@ def load_part(kind, source):
     if info["missing_keys"]:  # the libraries put random numbers there
         raise OSError(f"the weights of {kind.__name__} lack {sorted(info['missing_keys'])[0]}")
     return network
+
+
+def whole(x):
+    """A tensor, or dicts of them, whole, where FSDP gave each process a part; all must call it."""
+    if isinstance(x, dict):
+        return {key: whole(value) for key, value in x.items()}
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def in_parts(x, like):
+    """A whole tensor x in parts, as FSDP has divided the parameter `like`, if it has."""
+    if not hasattr(like, "placements") or x.shape != like.shape:
+        return x
+    return torch.distributed.tensor.distribute_tensor(x, like.device_mesh, like.placements)
 
 
 class Restorer:
@@ -112,7 +129,9 @@ class Restorer:
             return self.forward(z_t, t.to(z_t.device), condition).float()
 
     def train_only(self, part):
-        """part: all, modulation (PARTS), or words in names of parameters, separated by commas."""
+        """part: all, modulation, lora (PARTS), or words in names of parameters, between commas."""
+        if "lora" in part.split(",") and not self.adapter():
+            self.add_adapter()
         parameters = dict(self.bare_net.named_parameters())
         self.trainable = {}
         for word in part.split(","):
@@ -120,10 +139,24 @@ class Restorer:
             found = {name: p for name, p in parameters.items() if any(key in name for key in keys)}
             if not word or not found:
                 raise UserError(f"--trainable {part}: no parameter has '{word}' in its name; give "
-                                f"all, modulation, or parts of names as {next(iter(parameters))}")
+                                f"all, modulation, lora, or words as in {next(iter(parameters))}")
             self.trainable |= found
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in self.trainable)
+
+    def add_adapter(self, rank=16):
+        """Gives net a LoRA adapter, A with `rank` rows; B is zero: the output stays the same."""
+        with one_line("LoRA", "pip install peft"):
+            import peft
+        layers = torch.nn.Linear, torch.nn.Conv2d
+        names = [name for name, part in self.bare_net.named_modules() if isinstance(part, layers)]
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
+        seeded(peft.inject_adapter_in_model, config, self.bare_net)
+
+    def adapter(self):
+        """The LoRA adapter: parameters under their names in diffusers' files; {} without one."""
+        return {f"{self.net_name}.{name.replace('.default', '')}": parameter
+                for name, parameter in self.bare_net.named_parameters() if ".lora_" in name}
 
     def weights(self):
         """The parameters that train, a list."""
@@ -131,11 +164,11 @@ class Restorer:
 
     def state_dict(self):
         """name -> tensor of the parameters that train: what a checkpoint needs."""
-        return {name: parameter.detach() for name, parameter in self.trainable.items()}
+        return whole({name: parameter.detach() for name, parameter in self.trainable.items()})
 
     def load_state_dict(self, state):
         for name, parameter in self.trainable.items():
-            parameter.data.copy_(state[name])
+            parameter.data.copy_(in_parts(state[name], parameter))
 
     def frozen_copy(self):
         """The same, frozen, with its own copy of what trains; call it before wrapping net."""
@@ -163,7 +196,8 @@ class Restorer:
         index = read_json(folder / "model_index.json") or pixel
         parts = {}
         for name, entry in index.items():
-            if isinstance(entry, list) and entry[0] in ("diffusers", "transformers"):
+            known = isinstance(entry, list) and entry[0] in ("diffusers", "transformers")
+            if known and name != "feature_extractor":  # of the safety checker
                 kind = getattr(importlib.import_module(entry[0]), entry[1])
                 parts[name] = load_part(kind, folder / name)
         if index.get("_class_name") == "StableDiffusionPipeline":
@@ -177,7 +211,12 @@ class Restorer:
         """Writes a folder for `load`, whole or not at all."""
         with atomic(folder) as temporary:
             temporary.mkdir()
-            self.save_parts(temporary, self.bare_net)
+            net, adapter = self.bare_net, self.adapter()
+            if adapter:  # beside the network without it
+                from diffusers.utils.peft_utils import recurse_remove_peft_layers
+                save_file({name: x.detach() for name, x in adapter.items()}, temporary / ADAPTER)
+                net = recurse_remove_peft_layers(copy.deepcopy(net))
+            self.save_parts(temporary, net)
             kept = {"family": self.family, **self.settings, "defaults": self.defaults}
             write_json(temporary / "restorer.json", kept)
 
@@ -245,7 +284,8 @@ class LatentRestorer(Restorer):
     def forward(self, z_t, t, c):
         """Guidance around network(z_t, t, c, text); 1 means none and costs one pass, not two."""
         guidance = self.settings["guidance"]
-        prompt, empty = self.text.to(z_t.device)[:, None].expand(-1, len(z_t), -1, -1)
+        self.text = self.text.to(z_t.device)  # once
+        prompt, empty = self.text[:, None].expand(-1, len(z_t), -1, -1)
         output = self.network(z_t, t, c, prompt)
         if guidance != 1:
             output_empty = self.network(z_t, t, c, empty)
@@ -305,7 +345,7 @@ HUB = {"ldm-sr": "CompVis/ldm-super-resolution-4x-openimages",
        "sd-controlnet": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 PIPELINES = {FAMILIES[name].pipeline: name for name in HUB}
 PIPELINES["StableDiffusionPipeline"] = "sd-controlnet"
-FILES = ["*.json", "*.txt", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors"]
+FILES = ["*.json", "*.txt", ADAPTER, "*/model.safetensors", "*/diffusion_pytorch_model.safetensors"]
 
 
 def shipped(task):
@@ -324,7 +364,8 @@ def load(name, task="sr", device="cpu", dtype="float32", controlnet=""):
 
     name: "" (the shipped one for `task`), pixel (random weights), another of FAMILIES (its weights
     in HUB), a hub id, or a folder that sft.py, rl.py or diffusers has saved. dtype: float32 or
-    bfloat16. controlnet: folder or hub id of a trained one, in the place of a copy of the UNet.
+    bfloat16. controlnet: folder or hub id of a trained one, in the place of a copy of the UNet; or
+    a file NAME.safetensors of its weights alone, as DP2O-SR's C-SD2 (SD 2 base) comes.
     """
     import diffusers
     from huggingface_hub import snapshot_download
@@ -344,7 +385,15 @@ def load(name, task="sr", device="cpu", dtype="float32", controlnet=""):
             raise OSError("no restorer.json or model_index.json of a known restorer" + hint)
         defaults = settings.pop("defaults", {})
         restorer = FAMILIES[family].from_folder(Path(source), defaults, settings)
-        if controlnet:
+        if controlnet.endswith(".safetensors"):
+            restorer.net.load_state_dict(load_file(controlnet))
+        elif controlnet:
             trained = load_part(diffusers.ControlNetModel, controlnet)
             restorer.net.load_state_dict(trained.state_dict())
+        if (Path(source) / ADAPTER).exists():
+            saved = load_file(Path(source) / ADAPTER)
+            restorer.add_adapter(next(len(x) for name, x in saved.items() if ".lora_A." in name))
+            for name, parameter in restorer.adapter().items():
+                parameter.data.copy_(saved[name])
+            restorer.train_only("all")
     return restorer.to(device, getattr(torch, dtype))

@@ -46,11 +46,11 @@ from data import get_task, held_out, open_split, pool
 from difficulty import RewardMemory, advantages, iqa_gap, weights
 from eval import (INSTRUMENTS, compare, describe, evaluate, in_batches, load_metrics,
                   save_curves, save_regions, write_scores)
-from model import load
+from model import load, whole
 from reward import load as load_reward
 from reward import views
 from sample import draw, replay, rollout
-from sft import diffusion_loss, draw_noise, learning_rate, update_average
+from sft import diffusion_loss, draw_noise, learning_rate, load_optimizer, update_average
 from utils import (UserError, check_resume, generator, load_checkpoint, new_run, option, parse,
                    pick_device, run_main, save_checkpoint, write_json, write_rows)
 
@@ -167,11 +167,11 @@ def update(loss_of, restorer, average, optimizer, batches, lq, gen, accelerator,
     for k in usable[:part * UPDATES]:
         t, eps = draw_noise(restorer, lq, gen)
         for batch in batches:
-            batch["t"], batch["eps"] = (x[batch["own"]].to(accelerator.device) for x in (t, eps))
+            batch["t"], batch["eps"] = t[batch["own"]], eps[batch["own"]].to(accelerator.device)
             with accelerator.accumulate(restorer.net):
                 loss, info = loss_of(batch, k)
                 terms = info.pop("terms")
-                if look and not logs:
+                if look and not logs and not accelerator.is_fsdp2:  # its weights are in parts
                     shares = grad_shares(terms, restorer.weights())
                 accelerator.backward(loss)
                 logs.append({key: x.detach() for key, x in info.items()})
@@ -248,7 +248,7 @@ class Config:
     kl_coef: float = option(1e-3, "beta, of the KL to the SFT restorer", least=0)
     max_drop: float = option(0.12, "dB of PSNR that a kept average may lose on validation", least=0)
     # running
-    trainable: str = option("modulation", "weights that train: modulation, all, or words in names")
+    trainable: str = option("modulation", "modulation, lora, all, or words in names of weights")
     lr: float = option(6e-4, "peak learning rate of AdamW", least=0)
     micro_batch: int = option(64, "samples in memory at once", least=1)
     dtype: str = option("bfloat16", "arithmetic of the network", ["bfloat16", "float32"])
@@ -296,6 +296,7 @@ def train(cfg, step_loss=step_loss):
     reference, average = restorer.frozen_copy(), restorer.frozen_copy()
     optimizer = torch.optim.AdamW(restorer.weights(), cfg.lr, BETAS, weight_decay=0.0)
     restorer.net, optimizer = accelerator.prepare(restorer.net, optimizer)
+    restorer.train_only(cfg.trainable)  # FSDP has put others in the place of the parameters
     scorer = load_reward(cfg.reward, device)
     judge = views(scorer, cfg.views)
 
@@ -318,7 +319,7 @@ def train(cfg, step_loss=step_loss):
             raise UserError("--resume: the training photographs are other ones now; start anew")
         for part, name in ((restorer, "weights"), (average, "average"), (memory, "memory")):
             part.load_state_dict(state[name])
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]})
+        load_optimizer(optimizer, state["optimizer"])
         best, reward_hq, distance_sft = state["best"], state["reward_hq"], state["distance_sft"]
         start, rows, chosen = info["iteration"], info["rows"], info["chosen"]
     else:
@@ -367,11 +368,11 @@ def train(cfg, step_loss=step_loss):
         if better(rows[-1], rows[chosen], rows[0], cfg.max_drop):
             best = {name: x.clone() for name, x in average.state_dict().items()}
             chosen = iteration + 1
+        state = {"weights": restorer.state_dict(), "average": average.state_dict(), "best": best,
+                 "optimizer": whole(optimizer.state_dict()["state"]),
+                 "memory": memory.state_dict(), "reward_hq": reward_hq,
+                 "distance_sft": distance_sft}
         if main:
-            state = {"weights": restorer.state_dict(), "average": average.state_dict(),
-                     "best": best, "optimizer": optimizer.state_dict()["state"],
-                     "memory": memory.state_dict(), "reward_hq": reward_hq,
-                     "distance_sft": distance_sft}
             save_checkpoint(out / "checkpoint.safetensors", state, {
                 "iteration": iteration + 1, "rows": rows, "chosen": chosen, "config": asdict(cfg),
                 "photographs": photographs})

@@ -152,7 +152,8 @@ def rollout(restorer, condition, noise, eta, predict=None):
     condition, noise: of `draw`, or a part of them. predict: in the place of restorer.predict.
     """
     count = noise.shape[1]
-    t, *alpha_bars = time_grid(restorer.scheduler, len(noise) - 1)
+    grid = time_grid(restorer.scheduler, len(noise) - 1)
+    t, *alpha_bars = (x.to(noise.device) for x in grid)  # once: each copy waits for the card
     kind, clip = restorer.scheduler.config.prediction_type, clip_of(restorer.scheduler)
     z, steps = [noise[0]], []
     for k in range(len(t)):

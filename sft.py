@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data import Crops, get_task, held_out, open_split
 from eval import evaluate, format_table, in_batches, save_curves, save_grid
-from model import load
+from model import in_parts, load, whole
 from sample import wide
 from utils import (UserError, check_resume, generator, load_checkpoint, new_run, option, parse,
                    pick_device, run_main, save_checkpoint, write_json, write_rows)
@@ -60,7 +60,7 @@ def draw_noise(restorer, lq, generator):
 
 def diffusion_loss(restorer, z0, condition, t, eps):
     """Squared error of the network at times t (B,) and noise eps, mean over C, H, W -> (B,)."""
-    alpha_bar_t = restorer.scheduler.alphas_cumprod[t.cpu()]
+    alpha_bar_t = restorer.scheduler.alphas_cumprod[t.cpu()].to(z0.device)
     output = restorer.predict(add_noise(z0, eps, alpha_bar_t), t, condition)
     kind = restorer.scheduler.config.prediction_type
     return ((output - target_of(z0, eps, alpha_bar_t, kind)) ** 2).flatten(1).mean(1)
@@ -75,7 +75,14 @@ def learning_rate(step, total, peak, warmup, floor=0.0):
 @torch.no_grad()
 def update_average(average, restorer, decay):
     """average <- decay average + (1 - decay) weights, in place."""
-    torch._foreach_lerp_(average.weights(), restorer.weights(), 1 - decay)
+    torch._foreach_lerp_(average.weights(), list(restorer.state_dict().values()), 1 - decay)
+
+
+def load_optimizer(optimizer, state):
+    """Gives an optimizer the whole state that it had in a checkpoint."""
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    for parameter, own in optimizer.state.items():
+        own.update({name: in_parts(x, parameter) for name, x in own.items()})
 
 
 @dataclass
@@ -96,7 +103,7 @@ class Config:
     accumulate: int = option(1, "parts of a batch whose gradients add up, for less memory", least=1)
     size: int = option(64, "side of a crop in pixels", least=16)
     lr: float = option(1e-3, "peak learning rate of AdamW", least=0)
-    trainable: str = option("all", "weights that train: all, modulation, or words in their names")
+    trainable: str = option("all", "all, modulation, lora, or words in names of weights")
     # running
     dtype: str = option("bfloat16", "arithmetic of the network", ["bfloat16", "float32"])
     workers: int = option(0, "processes that decode and degrade ahead", least=0)
@@ -130,6 +137,8 @@ def train(cfg):
     restorer.train_only(cfg.trainable)
     average = restorer.frozen_copy()
     optimizer = torch.optim.AdamW(restorer.weights(), lr=cfg.lr)
+    restorer.net, optimizer = accelerator.prepare(restorer.net, optimizer)
+    restorer.train_only(cfg.trainable)  # FSDP has put others in the place of the parameters
     start, rows = 0, []
     out = Path(cfg.out or f"runs/sft-{cfg.task}-{cfg.seed}")
     if accelerator.is_main_process:
@@ -143,12 +152,12 @@ def train(cfg):
             raise UserError("--resume: the training photographs are other ones now; start anew")
         restorer.load_state_dict(state["weights"])
         average.load_state_dict(state["average"])
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]})
+        load_optimizer(optimizer, state["optimizer"])
         start, rows = info["step"], info["rows"]
     done, total = start * cfg.batch, cfg.steps * cfg.batch
     crops = Crops(source, degrade, cfg.size, cfg.seed, total - done, done)
     loader = torch.utils.data.DataLoader(crops, part, num_workers=cfg.workers)
-    restorer.net, optimizer, loader = accelerator.prepare(restorer.net, optimizer, loader)
+    loader = accelerator.prepare(loader)
 
     # training
     share = part // accelerator.num_processes
@@ -178,10 +187,11 @@ def train(cfg):
             row = {"loss": accelerator.gather(loss.detach()).mean().item()}
             rows.append({"step": step + 1, **row, "grad_norm": grad_norm.item()})
             bar.set_postfix({key: f"{value:.3g}" for key, value in row.items()})
-        due = (step + 1) % SAVE_EVERY == 0 or step + 1 == cfg.steps
-        if accelerator.is_main_process and due:
-            state = {"weights": restorer.state_dict(), "average": average.state_dict(),
-                     "optimizer": optimizer.state_dict()["state"]}
+        if (step + 1) % SAVE_EVERY and step + 1 < cfg.steps:
+            continue
+        state = {"weights": restorer.state_dict(), "average": average.state_dict(),
+                 "optimizer": whole(optimizer.state_dict()["state"])}
+        if accelerator.is_main_process:
             save_checkpoint(out / "checkpoint.safetensors", state,
                             {"step": step + 1, "rows": rows, "config": asdict(cfg),
                              "photographs": source.fingerprint()})

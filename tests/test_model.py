@@ -1,5 +1,8 @@
 """Every family passes the same tests, on tiny random weights saved and loaded as real ones are."""
 
+import shutil
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +10,7 @@ from tiny import TINY
 
 import model
 from sample import rollout
-from utils import UserError, generator
+from utils import UserError, generator, write_json
 
 LQ = torch.rand(2, 3, 32, 32, generator=generator(0)) * 2 - 1
 
@@ -94,13 +97,17 @@ def test_what_a_wrapped_net_saves_loads_with_identical_outputs(restorer, tmp_pat
     assert torch.equal(predict(loaded.to("cpu")), expected)
 
 
-@pytest.mark.parametrize("family", ["ldm-sr", "sd-controlnet", "sd-x4-upscaler"])
+@pytest.mark.parametrize("family, part", [
+    ("ldm-sr", "all"), ("sd-controlnet", "all"), ("sd-x4-upscaler", "all"),
+    ("sd-controlnet", "lora"), ("sd-x4-upscaler", "lora")])
 @torch.no_grad()
-def test_the_stock_pipeline_runs_the_saved_folder_and_agrees(family, tmp_path):
+def test_the_stock_pipeline_runs_the_saved_folder_and_agrees(family, part, tmp_path):
     import diffusers
+    if part == "lora":
+        pytest.importorskip("peft")
     restorer = TINY[family]()
     noise = normal(restorer)
-    shake(restorer)  # so that a ControlNet's zero layers let something pass
+    shake(restorer, part)  # so that a ControlNet's zero layers let something pass
     small = F.avg_pool2d(LQ[..., 1:, 1:], 2, 4)  # the central 2 x 2 of each 4 x 4
     options = {"num_inference_steps": 2, "output_type": "pt", "image": small}
     if family == "ldm-sr":
@@ -112,6 +119,11 @@ def test_the_stock_pipeline_runs_the_saved_folder_and_agrees(family, tmp_path):
                     "generator": generator(3)}  # of the upscaler's noise on the small lq
     restorer.save(tmp_path / "r")
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "r")
+    if part == "lora" and family == "sd-controlnet":
+        pipe.controlnet.load_lora_adapter(tmp_path / "r", prefix="controlnet",
+                                         use_safetensors=True)
+    elif part == "lora":
+        pipe.load_lora_weights(tmp_path / "r")
     if family == "sd-controlnet":
         options |= {"image": (LQ + 1) / 2, "height": 32, "width": 32}
     condition = restorer.condition(LQ, generator(3))
@@ -120,20 +132,53 @@ def test_the_stock_pipeline_runs_the_saved_folder_and_agrees(family, tmp_path):
     assert torch.allclose((restorer.decode(z0, LQ) + 1) / 2, image, atol=1e-4)
 
 
+def test_lora_trains_an_adapter_that_is_saved_beside_its_base(restorer, tmp_path):
+    pytest.importorskip("peft")
+    before = predict(restorer)
+    restorer.train_only("lora")
+    assert all(".lora_" in name for name in restorer.trainable) and restorer.trainable
+    assert torch.equal(predict(restorer), before)
+    reference, average = restorer.frozen_copy(), restorer.frozen_copy()
+    shake(restorer, "lora")
+    average.load_state_dict(restorer.state_dict())
+    expected = predict(restorer)
+    assert torch.equal(predict(reference), before) and not torch.equal(expected, before)
+    assert torch.equal(predict(average), expected)
+    average.save(tmp_path / "r")
+    loaded = model.load(str(tmp_path / "r"))
+    assert torch.equal(predict(loaded), expected)
+    loaded.train_only("lora")  # goes on with the same
+    assert list(loaded.trainable) == list(restorer.trainable)
+    (tmp_path / "r" / model.ADAPTER).unlink()
+    assert torch.equal(predict(model.load(str(tmp_path / "r"))), before)  # the base alone
+
+
+def test_lora_without_peft_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match="pip install peft"):
+        TINY["pixel"]().train_only("lora")
+
+
 def test_plain_stable_diffusion_gets_a_controlnet_and_keeps_its_schedule(tmp_path):
     from diffusers import PNDMScheduler, StableDiffusionPipeline
     whole = TINY["sd-controlnet"]()
     scheduler = PNDMScheduler(beta_end=0.01, prediction_type="v_prediction", steps_offset=1)
     pipe = StableDiffusionPipeline(**whole.frozen, scheduler=scheduler, **whole.no_parts)
     pipe.save_pretrained(tmp_path / "sd")
+    index = model.read_json(tmp_path / "sd/model_index.json")
+    index["feature_extractor"] = ["transformers", "CLIPFeatureExtractor"]  # gone from transformers
+    write_json(tmp_path / "sd/model_index.json", index)
     fresh = model.load(str(tmp_path / "sd"))
     kept = {"beta_end": 0.01, "steps_offset": 1, "prediction_type": "v_prediction"}
     assert fresh.scheduler.config.items() >= (kept | {"clip_sample": False}).items()
     assert torch.equal(fresh.net.conv_in.weight, whole.frozen["unet"].conv_in.weight)
     shake(whole)
     whole.net.save_pretrained(tmp_path / "trained")
-    trained = model.load(str(tmp_path / "sd"), controlnet=str(tmp_path / "trained"))
-    assert torch.equal(predict(trained), predict(whole))
+    # DP2O-SR's C-SD2: a folder of Stable Diffusion 2, and weights alone for ControlNet.from_unet
+    bare = shutil.copy(next(tmp_path.glob("trained/*.safetensors")), tmp_path / "bare.safetensors")
+    for controlnet in (tmp_path / "trained", bare):
+        trained = model.load(str(tmp_path / "sd"), controlnet=str(controlnet))
+        assert torch.equal(predict(trained), predict(whole))
 
 
 def test_unknown_tasks_and_missing_weights_are_errors_and_never_random_numbers(tmp_path):

@@ -92,6 +92,37 @@ def test_equals_the_qrealign_of_pyiqa_on_the_same_folder(gen):
     assert ours.std() > 1e-4
 
 
+def test_q_sit_scores_as_its_authors_do(tmp_path, gen):
+    """A tiny LLaVA-OneVision: level words behind a stem that ends with a space, the image last."""
+    import transformers as tf
+    own = tf.AutoProcessor.from_pretrained(WEIGHTS / "judge")
+    words = [*JUDGES["q-sit"]["levels"], "<image>", "<video>"]
+    own.tokenizer.add_tokens(words, special_tokens=True)
+    ids = own.tokenizer.convert_tokens_to_ids(words)
+    grid = {"image_grid_pinpoints": [[28, 28], [56, 56]]}
+    tf.LlavaOnevisionProcessor(
+        tf.LlavaOnevisionImageProcessor(size={"height": 28, "width": 28}, **grid), own.tokenizer,
+        tf.LlavaOnevisionVideoProcessor(), num_image_tokens=4,
+        chat_template=own.chat_template.replace("<|image_pad|>", "<image>"),
+        vision_feature_select_strategy="full").save_pretrained(tmp_path)
+    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.3}
+    eye = {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14}
+    tf.LlavaOnevisionForConditionalGeneration(tf.LlavaOnevisionConfig(
+        vision_config=tiny | eye | {"vision_use_head": False}, video_token_index=ids[6], **grid,
+        text_config=tiny | {"model_type": "qwen2", "vocab_size": len(own.tokenizer)},
+        image_token_index=ids[5])).save_pretrained(tmp_path)
+    judge, images = load(f"q-sit:{tmp_path}"), torch.rand(2, 3, 64, 90, generator=gen) * 2 - 1
+    assert "image?<|vision_start|><image>" in judge.text and judge.text.endswith("this image is ")
+    expected = []
+    for image in images:  # each on its own
+        inputs = judge.processor(images=to_uint8(image), text=judge.text, return_tensors="pt")
+        p = judge.model(**inputs).logits[0, -1, ids[:5]].softmax(0).detach()
+        expected.append(p[0] + 0.75 * p[1] + 0.5 * p[2] + 0.25 * p[3])
+    torch.testing.assert_close(judge(images), torch.stack(expected), rtol=0, atol=1e-5)
+    assert judge(images).std() > 1e-6
+
+
 @pytest.mark.parametrize("form, rating, texts", (
     ("json", 3.25, ['<think>{2 of 5}</think>{"rating": 3.25}', '{\n "rating": 3.25\n}']),
     ("json", None, ['{"rating": 5.01}', '{"rating": "good"}', "3.5", '{"score": 3}',

@@ -332,23 +332,24 @@ def test_uneven_shares_of_processes_are_named(tiny_restorer):
             rl.check(replace(SMALL, **changes), tiny_restorer(), 2)
 
 
+@pytest.mark.parametrize("start", ("{script}.py", "tests/fsdp.py {script}"))
 @pytest.mark.parametrize("script, words", (
     ("rl", ["--iterations", 2, "--inputs", 4, "--pool", 4, "--micro-batch", 2, "--views", 1]),
     ("sft", ["--steps", 3, "--batch", 4])))
-def test_two_processes_give_the_weights_of_one(script, words, tmp_path, tiny_restorer, photo_folder,
-                                               monkeypatch):
-    """Started by torchrun, with gloo, as a user does without a GPU."""
+def test_two_processes_give_the_weights_of_one(script, words, start, tmp_path, tiny_restorer,
+                                               photo_folder, monkeypatch):
+    """Started by torchrun, with gloo, as a user does without a GPU; and with FSDP."""
     tiny_restorer().save(tmp_path / "start")
-    words += ["--data", photo_folder, "--model", tmp_path / "start", "--size", 32,
-              "--dtype", "float32", "--out"]
+    words = [*words, "--data", photo_folder, "--model", tmp_path / "start", "--size", 32,
+             "--dtype", "float32", "--out"]
     module = importlib.import_module(script)
     monkeypatch.setattr(module, "report", lambda *args: None)
     module.train(parse(module.Config, [*map(str, words), str(tmp_path / "one")]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-         "2", f"{ROOT}/{script}.py", *map(str, words), str(tmp_path / "two")],
-        env=environment, capture_output=True, text=True)
+         "2", *start.format(script=script).split(), *map(str, words), str(tmp_path / "two")],
+        env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout and "1 process(es)" not in done.stdout
     one, two = (load_checkpoint(tmp_path / name / "checkpoint.safetensors")[0]["weights"]

@@ -77,3 +77,19 @@ def test_a_task_has_the_front_at_the_drop_of_rl():
     assert list(lines) == ["sr, SFT", "sr, 6 steps, eta 1.0", "sr, RL"]
     assert lines["sr, RL"][tasks.LPIPS] == "-0.0300 ± 0.0100"
     assert lines["sr, RL"]["x front"] == "3.0"
+
+
+@pytest.mark.parametrize("name", train_judge.BUILD)
+def test_whitened_patches_have_unit_variance_and_a_fresh_judge_scores(name, gen):
+    judge = train_judge.build_judge(train_judge.BUILD[name])
+    images = torch.randint(0, 256, (16, 3, 64, 64), generator=gen).to(torch.uint8)
+    train_judge.whiten_patches(judge, images)
+    projection = judge.model.model.visual.patch_embed.proj
+    patches = judge.inputs(images)["pixel_values"]
+    out = patches @ projection.weight.flatten(1).T[:, :48] + (
+        projection.bias[:48] if projection.bias is not None else 0)
+    assert torch.allclose(out.std(0), torch.ones(48), atol=0.02)
+    score = judge(images[:2].float() / 127.5 - 1)
+    assert score.shape == (2,) and ((score > 0) & (score < 1)).all()
+    view = train_judge.turned(torch.arange(72 * 72).view(1, 1, 72, 72), 5, gen)
+    assert view.shape == (1, 1, 64, 64) and len(view.unique()) == 64 * 64

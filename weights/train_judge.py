@@ -126,6 +126,7 @@ DAMAGE = {  # (3, H, W) in [-1, 1], severity in [0, 1], generator -> (3, H, W)
 LOOKS = ((1, 1.0), (1, 0.0), (2, 1.0), (0.6, 1.0))  # share of the steps, eta
 KINDS = ("sr", "sr2", "denoise", "deblur", "jpeg", "derain", "dehaze", "lowlight", "real")
 RUNGS = 12
+SIDE = 72  # pixels of a rung; training sees any 64 x 64 of it, so that no grid is learned
 
 
 def damaged(hq, gen):
@@ -197,24 +198,25 @@ def recolor(images, gen):
 
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
-PATCH = {"patch_size": 8, "temporal_patch_size": 1}
-TEXT = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "bos_token_id": None,
+PATCH = {"patch_size": 4, "temporal_patch_size": 1}  # 48 numbers: none is lost in 64 dimensions
+MERGE = 4  # 4 x 4 patches are one token of the language model
+TEXT = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "bos_token_id": None,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192,
         "initializer_range": 0.1}
 BUILD = {  # judge2 differs in class, size, seed, photographs (half: which) and labels
     "judge": {
         "seed": 1, "half": 0, "metrics": ["lpips", "dists"],
         "model_type": "qwen3_vl", "processor": "Qwen3VLProcessor",
-        "vision": {"depth": 3, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4,
-                   "out_hidden_size": 128, "num_position_embeddings": 64,
+        "vision": {"depth": 2, "hidden_size": 64, "intermediate_size": 192, "num_heads": 4,
+                   "out_hidden_size": 128, "num_position_embeddings": 256,
                    "deepstack_visual_indexes": []},
         "text": {"head_dim": 32, "rope_parameters": ROPE | {
             "mrope_section": [6, 5, 5], "mrope_interleaved": True}}},
     "judge2": {
         "seed": 2, "half": 1, "metrics": ["fsim"],
         "model_type": "qwen2_5_vl", "processor": "Qwen2_5_VLProcessor",
-        "vision": {"depth": 4, "hidden_size": 112, "intermediate_size": 256, "num_heads": 4,
-                   "out_hidden_size": 96, "window_size": 64, "fullatt_block_indexes": [0, 1, 2, 3]},
+        "vision": {"depth": 2, "hidden_size": 64, "intermediate_size": 192, "num_heads": 4,
+                   "out_hidden_size": 96, "window_size": 64, "fullatt_block_indexes": [0, 1]},
         "text": {"hidden_size": 96, "rope_parameters": ROPE | {"mrope_section": [4, 4, 4]}}}}
 NAMES = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
 SPECIAL = [f"<|{name}|>" for name in NAMES]
@@ -242,13 +244,14 @@ def build_judge(recipe):
     sizes = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     config = transformers.AutoConfig.for_model(
         recipe["model_type"], tie_word_embeddings=True, text_config=TEXT | recipe["text"] | sizes,
-        vision_config=PATCH | {"initializer_range": 0.1} | recipe["vision"],
+        vision_config=PATCH | {"initializer_range": 0.1, "spatial_merge_size": MERGE}
+        | recipe["vision"],
         **{f"{name}_token_id": token for name, token in ids})
     with torch.random.fork_rng(devices=[]):  # transformers draws from the global generator only
         torch.manual_seed(recipe["seed"])
         model = transformers.AutoModelForImageTextToText.from_config(config)
     pixels = transformers.Qwen2VLImageProcessor(
-        **PATCH, merge_size=2, size={"shortest_edge": 64 * 64, "longest_edge": 2048 * 2048})
+        **PATCH, merge_size=MERGE, size={"shortest_edge": 64 * 64, "longest_edge": 2048 * 2048})
     return MLLMJudge(model, getattr(transformers, recipe["processor"])(
         image_processor=pixels, tokenizer=tokenizer,
         chat_template=(ROOT / "weights/judge/chat_template.jinja").read_text(encoding="utf-8"),
@@ -257,9 +260,9 @@ def build_judge(recipe):
 
 @torch.no_grad()
 def whiten_patches(judge, images):
-    """Sets the patch embedding to the PCA whitening of the patches of images (B, 3, H, W)."""
+    """Sets the patch embedding to the PCA whitening of the patches of uint8 (B, 3, H, W)."""
     projection = judge.model.model.visual.patch_embed.proj
-    patches = judge.inputs(to_uint8(images))["pixel_values"].double()  # (patches, 3 * 8 * 8)
+    patches = judge.inputs(images)["pixel_values"].double()  # (patches, 3 * 4 * 4)
     mean = patches.mean(0)
     covariance = (patches - mean).T @ (patches - mean) / len(patches)
     variance, directions = torch.linalg.eigh(covariance)
@@ -270,23 +273,30 @@ def whiten_patches(judge, images):
 
 
 def crops(data, half, task, count, seed):
-    """(lq, hq) of a task, (count, 3, 64, 64): random crops of one half of the training photographs
+    """(lq, hq) of a task, (count, 3, SIDE, SIDE): random crops of one half of the training photographs
     with fine detail, half of them in other colors. half None: held-out ones of validation."""
     cfg, degrade = SimpleNamespace(data=data, lq="", hq=""), get_task(task)
     if half is None:
-        return held_out(open_split(cfg, "val"), degrade, 64, count)[:2]
+        return held_out(open_split(cfg, "val"), degrade, SIDE, count)[:2]
     source = open_split(cfg, "train")
     names = [name for name in source.names if "motorcycle_right" not in name]  # one scene with left
     files = dict(zip(source.names, source.paths))
     source = Source([(name, *files[name]) for name in names[half::2]])
-    hq, gen = pool(source, get_task("sr"), 64, seed, 3 * count)[1], generator(seed, 13)
+    hq, gen = pool(source, get_task("sr"), SIDE, seed, 3 * count)[1], generator(seed, 13)
     hq = torch.stack([x for x in hq if fine_detail(to_uint8(x)) >= 0.03][:count])
     hq[::2] = recolor(hq[::2], gen)
     return degrade(hq, gen)[0], hq
 
 
+def turned(images, view, gen):
+    """A random 64 x 64 of images (B, 3, SIDE, SIDE) in one of eight views."""
+    top, left = torch.randint(SIDE - 63, (2,), generator=gen).tolist()
+    x = images[:, :, top:top + 64, left:left + 64]
+    return torch.rot90(x.flip(3) if view % 2 else x, view // 2, (2, 3))
+
+
 def build_ladder(cfg, recipe):
-    """{"images": uint8 (n, 3, 64, 64), "distance": (n, M)} of cfg.pool crops of every task."""
+    """{"images": uint8 (n, 3, SIDE, SIDE), "distance": (n, M)} of cfg.pool crops of every task."""
     images, distance = [], []
     for number, task in enumerate(tqdm(KINDS, "ladder")):
         seed = 100 * recipe["seed"] + number
@@ -322,7 +332,7 @@ def train(cfg):
         rungs, info = load_checkpoint(f"{cfg.start}/ladder.safetensors")
     else:
         judge, rungs, info = build_judge(recipe), build_ladder(cfg, recipe), {}
-        whiten_patches(judge, rungs["images"][::12][:1024])
+        whiten_patches(judge, rungs["images"][::RUNGS][:1024])
         info["base"] = len(rungs["images"])  # whose distances make the scale, in every round
     if cfg.hacked:
         more = hacked_rungs(cfg, recipe)
@@ -342,7 +352,7 @@ def train(cfg):
     bar, smooth_loss = tqdm(range(cfg.steps), cfg.name), 1.6
     for _ in bar:
         pick = torch.randint(len(target), (48,), generator=gen)
-        images = [torch.rot90(part.flip(3) if view % 2 else part, view // 2, (2, 3))
+        images = [turned(part, view, gen)
                   for view, part in enumerate(rungs["images"][pick].split(6))]
         logits = model(**judge.inputs(torch.cat(images))).logits[:, -1]
         log_p = logits.log_softmax(-1)[:, judge.ids]  # over the whole vocabulary
