@@ -71,7 +71,8 @@ def test_the_photographs_for_validation_are_in_the_list():
 def test_a_task_has_the_front_at_the_drop_of_rl():
     def row(psnr_y, lpips):
         return {"psnr_y": torch.tensor([psnr_y]), tasks.LPIPS: torch.tensor([lpips])}
-    rows = {"lq": row(20.0, 0.5), "sft": row(26.0, 0.20), "7": row(25.9, 0.18), "8": row(25.9, 0.16),
+    rows = {"lq": row(20.0, 0.5), "sft": row(26.0, 0.20),
+            "7": row(25.9, 0.18), "8": row(25.9, 0.16),
             "sft, 6 steps, eta 1.0": row(25.9, 0.19), "sft, 8 steps, eta 1.0": row(25.0, 0.17)}
     lines = tasks.table_rows("sr", rows, ["7", "8"])
     assert list(lines) == ["sr, SFT", "sr, 6 steps, eta 1.0", "sr, RL"]

@@ -273,13 +273,13 @@ def whiten_patches(judge, images):
 
 
 def crops(data, half, task, count, seed):
-    """(lq, hq) of a task, (count, 3, SIDE, SIDE): random crops of one half of the training photographs
-    with fine detail, half of them in other colors. half None: held-out ones of validation."""
+    """(lq, hq) of a task, (count, 3, SIDE, SIDE): random crops with fine detail of one half of the
+    training photographs, half of them in other colors. half None: held-out ones of validation."""
     cfg, degrade = SimpleNamespace(data=data, lq="", hq=""), get_task(task)
     if half is None:
         return held_out(open_split(cfg, "val"), degrade, SIDE, count)[:2]
     source = open_split(cfg, "train")
-    names = [name for name in source.names if "motorcycle_right" not in name]  # one scene with left
+    names = [name for name in source.names if "motorcycle_right" not in name]  # as the left one
     files = dict(zip(source.names, source.paths))
     source = Source([(name, *files[name]) for name in names[half::2]])
     hq, gen = pool(source, get_task("sr"), SIDE, seed, 3 * count)[1], generator(seed, 13)
