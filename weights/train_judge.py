@@ -272,16 +272,16 @@ def whiten_patches(judge, images):
         projection.bias[:len(rows)] = -(rows @ mean).float()
 
 
-def crops(data, half, task, count, seed):
-    """(lq, hq) of a task, (count, 3, SIDE, SIDE): random crops with fine detail of one half of the
-    training photographs, half of them in other colors. half None: held-out ones of validation."""
+def crops(data, part, task, count, seed):
+    """(lq, hq) of a task, (count, 3, SIDE, SIDE). part 0 or 1: random crops with fine detail of one
+    half of the training photographs, half of them in other colors; val or test: held-out ones."""
     cfg, degrade = SimpleNamespace(data=data, lq="", hq=""), get_task(task)
-    if half is None:
-        return held_out(open_split(cfg, "val"), degrade, SIDE, count)[:2]
+    if part in ("val", "test"):
+        return held_out(open_split(cfg, part), degrade, SIDE, count)[:2]
     source = open_split(cfg, "train")
     names = [name for name in source.names if "motorcycle_right" not in name]  # as the left one
     files = dict(zip(source.names, source.paths))
-    source = Source([(name, *files[name]) for name in names[half::2]])
+    source = Source([(name, *files[name]) for name in names[part::2]])
     hq, gen = pool(source, get_task("sr"), SIDE, seed, 3 * count)[1], generator(seed, 13)
     hq = torch.stack([x for x in hq if fine_detail(to_uint8(x)) >= 0.03][:count])
     hq[::2] = recolor(hq[::2], gen)
@@ -371,14 +371,17 @@ def train(cfg):
     print(f"wrote {out}/judge")
 
 
-def check(folders, data="", count=64):
-    """Prints how far judges predict metrics that they never saw, on held-out crops of all tasks."""
+def check(folders, data, split, count=64):
+    """Prints how well judges predict metrics that they never saw, on held-out crops of all tasks.
+
+    Rank: Spearman's correlation of score and similarity over the ladder of a task.
+    """
     judges = {folder: load_judge(folder, tile=64) for folder in folders}
     seen = ["lpips-vgg", "gmsd", "vif"]
     print(f"| task | judge | {' | '.join(seen)} | lq | restored | hq | hq over restored |")
     print("|---" * 9 + "|")
     for number, task in enumerate(KINDS):
-        lq, hq = crops(data, None, task, count, 0)
+        lq, hq = crops(data, split, task, count, 0)
         rungs = ladder(hq, lq, load_restorer("", task, dtype="bfloat16"), generator(number, 14))
         far = distances(rungs, rungs[:, 0], seen).flatten(0, 1)
         for name, judge in judges.items():
@@ -413,12 +416,13 @@ class Config:
     pool: int = option(240, "crops for each task, and for each restorer in --hacked", least=1)
     start: str = option("", "folder of an earlier run, to go on from its judge and ladder")
     hacked: list = option([], "folders of restorers whose output joins the ladder")
-    check: list = option([], "measure these judges on validation photographs instead")
+    check: list = option([], "measure these judges instead")
+    split: str = option("test", "photographs on which they are measured", ["val", "test"])
 
 
 def main():
     cfg = parse(Config)
-    check(cfg.check, cfg.data) if cfg.check else train(cfg)
+    check(cfg.check, cfg.data, cfg.split) if cfg.check else train(cfg)
 
 
 if __name__ == "__main__":
