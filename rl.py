@@ -369,9 +369,8 @@ def train(cfg, step_loss=step_loss):
             best = {name: x.clone() for name, x in average.state_dict().items()}
             chosen = iteration + 1
         state = {"weights": restorer.state_dict(), "average": average.state_dict(), "best": best,
-                 "optimizer": whole(optimizer.state_dict()["state"]),
-                 "memory": memory.state_dict(), "reward_hq": reward_hq,
-                 "distance_sft": distance_sft}
+                 "optimizer": whole(optimizer.state_dict()["state"]), "reward_hq": reward_hq,
+                 "memory": memory.state_dict(), "distance_sft": distance_sft}
         if main:
             save_checkpoint(out / "checkpoint.safetensors", state, {
                 "iteration": iteration + 1, "rows": rows, "chosen": chosen, "config": asdict(cfg),
