@@ -207,9 +207,8 @@ def degrade_sr(hq, generator=None, scale=4):
 
 def degrade_mixed(hq, generator=None, kinds=()):
     """One of `kinds`, else of all other tasks without a fixed severity, for each image."""
-    results = []
+    results, names = [], kinds or ("sr2", "sr3", "sr4", *FORMULAS)
     for image in hq.split(1):
-        names = kinds or ("sr2", "sr3", "sr4", *FORMULAS)
         name = names[int(torch.randint(len(names), (), generator=generator))]
         results.append(TASKS[name](image, generator))
     lq, severity = zip(*results)

@@ -20,7 +20,7 @@ from data import get_task, held_out, open_split  # noqa: E402
 from eval import (FRONT, cell, compare, gain_on_front, in_batches, load_metrics,  # noqa: E402
                   markdown, mean_error, write_scores)
 from model import load  # noqa: E402
-from utils import UserError, new_run, option, parse, pick_device, run_main  # noqa: E402
+from utils import UserError, atomic, new_run, option, parse, pick_device, run_main  # noqa: E402
 
 TASKS = ("sr", "sr2", "denoise", "deblur", "jpeg", "derain", "dehaze", "lowlight", "real")
 METRICS = ["judge", "judge2", "pyiqa:lpips", "pyiqa:lpips-vgg", "pyiqa:brisque"]
@@ -82,7 +82,8 @@ def main():
         write_scores(out / f"{task}.csv", rows, names)
         lines |= table_rows(task, rows, cfg.seeds)
         text = markdown("", [*rows["sft"], "x front"], lines)
-        (out / "table.md").write_text(text + "\n", encoding="utf-8")
+        with atomic(out / "table.md") as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

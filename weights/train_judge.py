@@ -48,7 +48,7 @@ from data import (Source, fine_detail, get_task, held_out, jpeg, open_split, poo
 from model import load as load_restorer  # noqa: E402
 from reward import LEVELS, PROMPT, STEM, MLLMJudge, load_judge  # noqa: E402
 from reward import load as load_reward  # noqa: E402
-from sample import draw, rollout  # noqa: E402
+from sample import restore  # noqa: E402
 from utils import (atomic, generator, load_checkpoint, new_run, option, parse,  # noqa: E402
                    run_main, save_checkpoint, to_uint8)
 
@@ -138,14 +138,11 @@ def damaged(hq, gen):
     return x
 
 
-@torch.no_grad()
 def restored(restorer, lq, gen, share=1, eta=1.0):
     """What a restorer makes of lq (B, 3, H, W), with a share of the steps that it learned."""
-    steps, parts = max(2, round(share * restorer.defaults["steps"])), []
-    for part in tqdm(lq.split(32), restorer.defaults["task"], leave=False, delay=2):
-        path = rollout(restorer, *draw(restorer, part, steps, gen), eta)
-        parts.append(restorer.decode(path.z[-1], part))
-    return torch.cat(parts)
+    steps = max(2, round(share * restorer.defaults["steps"]))
+    bar = tqdm(lq.split(32), restorer.defaults["task"], leave=False, delay=2)
+    return torch.cat([restore(restorer, part, steps, eta, gen) for part in bar])
 
 
 def ladder(hq, lq, restorer, gen):
@@ -393,8 +390,9 @@ def check(folders, data, split, count=64):
             cells = [*ranks, of_lq.mean(), looks.mean(), of_hq.mean(), over]
             row = " | ".join(f"{cell:.3f}" for cell in cells)
             print(f"| {task} | {name} | {row} |", flush=True)
-    noisy = hq + 4 / 127.5 * torch.randn(hq.shape, generator=generator(0, 15))
-    grain = noisy - hq - (noisy - hq).mean(1, keepdim=True)
+    grain = torch.randn(hq.shape, generator=generator(0, 15))
+    grain = grain - grain.mean(1, keepdim=True)  # leaves the grey value
+    grain = 4 / 127.5 * grain / grain.std()
     print("\n| judge | color noise of std 4 lowers | spread over 8 views | ms per image |")
     print("|---" * 4 + "|")
     for name, judge in judges.items():
