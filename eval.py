@@ -41,7 +41,7 @@ from utils import (UserError, atomic, generator, new_run, option, parse, pick_de
 INSTRUMENTS = ["judge", "judge2", "pyiqa:lpips", "pyiqa:brisque"]  # in every table
 OF_SETS = ("pyiqa:brisque ↓", "pyiqa:niqe ↓")                      # need 192 pixels or more
 FIDELITY = {"psnr_y": psnr_y, "psnr": psnr, "ssim": ssim}
-FRONT = ((0.8, 1.0), (1.2, 1.0), (1.6, 1.0), (2.0, 1.0), (1.0, 0.8), (1.0, 0.5), (1.0, 0.0))
+FRONT = ((0.75, 1), (1.125, 1), (1.25, 1), (1.5, 1), (2, 1), (1, 2), (1, 0.5), (1, 0))
 REGION = 160  # pixels, side of what the picture shows of a photograph
 
 
@@ -105,11 +105,11 @@ def in_batches(lq, hq, device):
     return list(zip(lq.to(device).split(32), hq.to(device).split(32)))
 
 
-def evaluate(restorer, batches, metrics, steps=0, eta=1.0, seeds=1, border=0):
+def evaluate(restorer, batches, metrics, steps=0, eta=-1.0, seeds=1, border=0):
     """Restores and scores batches, a list of (lq, hq), (B, 3, H, W) each in [-1, 1].
 
-    restorer None: lq itself. steps 0: as it was trained. -> (scores: {name: (N,)}, means over the
-    seeds; images: the restored batches of the first seed).
+    restorer None: lq itself. steps 0, eta -1: as it was trained. -> (scores: {name: (N,)}, means
+    over the seeds; images: the restored batches of the first seed).
     """
     if restorer is None:
         images = [lq for lq, _ in batches]
@@ -119,23 +119,24 @@ def evaluate(restorer, batches, metrics, steps=0, eta=1.0, seeds=1, border=0):
         images, number = [], 0
         for lq, _ in batches:
             noise = generator(seed, 8, number)
-            images.append(restore(restorer, lq, steps or restorer.defaults["steps"], eta, noise))
+            images.append(restore(restorer, lq, steps, eta, noise))
             number += len(lq)
         runs.append(measure(metrics, images, [hq for _, hq in batches], border))
         first = first or images
     return {name: torch.stack([run[name] for run in runs]).nanmean(0) for name in runs[0]}, first
 
 
-def compare(restorers, batches, metrics, steps=0, eta=1.0, seeds=3, border=0, front=()):
+def compare(restorers, batches, metrics, steps=0, eta=-1.0, seeds=3, border=0, front=()):
     """{row: {metric: (N,)}} of lq, each of `restorers` (name -> restorer), and hq.
 
-    front: (share of the steps, eta), at which the first restorer is measured, too.
+    front: shares of the steps and of eta, at which the first restorer is measured, too.
     """
     tested = {"lq": (None, 0, 0.0)}
     tested |= {name: (restorer, steps, eta) for name, restorer in restorers.items()}
     base, first = next(iter(restorers.items()))
-    for share, x in front:
-        n = round(share * (steps or first.defaults["steps"]))
+    count, noise = first.settle(steps, eta)
+    for share, other in front:
+        n, x = round(share * count), other * noise
         tested[f"{base}, {n} steps, eta {x}"] = (first, n, x)
     rows = {}
     bar = tqdm(tested.items(), "eval", unit="model")
@@ -299,7 +300,7 @@ def hardest_region(lq, hq, side=REGION):
     return 8 * top, 8 * left
 
 
-def save_regions(path, source, degrade, restorers, judge, steps=0, eta=1.0):
+def save_regions(path, source, degrade, restorers, judge, steps=0, eta=-1.0):
     """Picture: of up to five whole images the region where lq and hq differ most, lq | models | hq.
 
     judge: its scores stand below; a line says where it prefers a restoration to hq.
@@ -314,8 +315,7 @@ def save_regions(path, source, degrade, restorers, judge, steps=0, eta=1.0):
         lq, hq = (x[..., top:top + side, left:left + side].to(device) for x in (lq, hq))
         shown = {"lq": lq}
         for label, restorer in restorers.items():
-            count = steps or restorer.defaults["steps"]
-            shown[label] = restore(restorer, lq, count, eta, generator(0, 9, index))
+            shown[label] = restore(restorer, lq, steps, eta, generator(0, 9, index))
         best = judge(hq, hq).item()
         for label, image in (shown | {"hq": hq}).items():
             score = judge(image, hq).item()
@@ -340,7 +340,7 @@ class Config:
     size: int = option(64, "side of a crop in pixels; 0: whole images", least=0)
     # how
     steps: int = option(0, "DDIM steps, up to 1000; 0: as each was trained", least=0)
-    eta: float = option(1.0, "stochasticity of the sampler", least=0)
+    eta: float = option(-1.0, "stochasticity, 0: none; -1: as each was trained", least=-1)
     seeds: int = option(3, "sampler seeds", least=1)
     metrics: list = option(INSTRUMENTS, "besides psnr_y, psnr, ssim and color_step")
     border: int = option(0, "pixels cut off each side for psnr_y, psnr and ssim", least=0)

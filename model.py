@@ -107,6 +107,10 @@ class Restorer:
         self.train_only("all")
         self.to("cpu")
 
+    def settle(self, steps, eta):
+        """(steps, eta) to sample with; steps 0 and eta -1 stand for those of its training."""
+        return (steps or self.defaults["steps"], self.defaults["eta"] if eta < 0 else eta)
+
     def latent_shape(self, lq):
         """(B, C, h, w) of z for lq (B, 3, H, W)."""
         return len(lq), self.channels, lq.shape[2] // self.factor, lq.shape[3] // self.factor
@@ -239,7 +243,7 @@ class PixelRestorer(Restorer):
                      down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3)
         scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing",
                                   prediction_type="v_prediction", clip_sample=False)
-        return cls(net, scheduler, defaults={"steps": 5})
+        return cls(net, scheduler, defaults={"steps": 8, "eta": 0.5})
 
     def encode(self, hq, lq):
         return self.settings["residual_scale"] * (hq - lq)

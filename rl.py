@@ -232,13 +232,13 @@ class Config:
     out: str = option("", "folder of the run; empty: runs/TASK-SEED")
     seed: int = option(0, "seed of inputs, sampler and losses", least=0)
     # rollout and reward
-    iterations: int = option(20, "rounds of rollout and update", least=1)
+    iterations: int = option(12, "rounds of rollout and update", least=1)
     inputs: int = option(128, "lq images per iteration", least=1)
     samples: int = option(1, "restorations of each", least=1)
     pool: int = option(512, "training crops that come back; each has a memory", least=2)
     size: int = option(64, "side of a crop in pixels", least=16)
     steps: int = option(0, "DDIM steps; 0: as the SFT restorer was trained", least=0)
-    eta: float = option(1.0, "stochasticity of the policy, above 0", least=0.01)
+    eta: float = option(-1.0, "stochasticity of the policy; -1: as trained", least=-1)
     views: int = option(8, "turned and mirrored views of an image that are judged", [1, 2, 4, 8])
     reward_mode: str = option("final", "a reward at the end, or at every step", ["final", "step"])
     cap: str = option("hq", "what a reward counts up to: that of hq, or none", ["hq", "none"])
@@ -265,6 +265,7 @@ def check(cfg, restorer, processes):
         f"--micro-batch {cfg.micro_batch}: must divide {local}, the samples of a process":
             cfg.micro_batch >= local or local % cfg.micro_batch == 0,
         f"--steps {cfg.steps}: must be from 2 to 1000": 2 <= cfg.steps <= 1000,
+        f"--eta {cfg.eta}: must be above 0, or there is no policy": cfg.eta > 0,
         "--reward judge2: is the check, never a reward; use judge": cfg.reward != "judge2",
     }
     for rule, holds in rules.items():
@@ -290,7 +291,7 @@ def train(cfg, step_loss=step_loss):
     degrade, source = get_task(cfg.task), open_split(cfg, "train")
     val_source, test_source = open_split(cfg, "val"), open_split(cfg, "test")
     restorer = load(cfg.model, cfg.task, device, cfg.dtype)
-    cfg.steps = cfg.steps or restorer.defaults["steps"]
+    cfg.steps, cfg.eta = restorer.settle(cfg.steps, cfg.eta)
     check(cfg, restorer, accelerator.num_processes)
     restorer.train_only(cfg.trainable)
     reference, average = restorer.frozen_copy(), restorer.frozen_copy()

@@ -226,8 +226,10 @@ def tiled(restorer, tile):
 def restore(restorer, lq, steps, eta, generator, tile=256):
     """lq (B, 3, H, W) in [-1, 1] of any size -> restored images of the same size and range.
 
-    Pads to the restorer's multiple; sides above `tile` pixels go through overlapping tiles.
+    steps 0, eta -1: as the restorer was trained. Pads to the restorer's multiple; sides above
+    `tile` pixels go through overlapping tiles.
     """
+    steps, eta = restorer.settle(steps, eta)
     height, width = lq.shape[-2:]
     down, right = -height % restorer.multiple, -width % restorer.multiple
     mode = "reflect" if down < height and right < width else "replicate"
@@ -281,7 +283,7 @@ def main():
         scale: int = option(0, "bicubic enlargement before; 0: 4 for sr, 2 for sr2, ...", least=0)
         out: str = option("runs/restored", "folder for the PNGs")
         steps: int = option(0, "DDIM steps, up to 1000; 0: as the restorer was trained", least=0)
-        eta: float = option(1.0, "stochasticity of the sampler, 0: none", least=0)
+        eta: float = option(-1.0, "stochasticity, 0: none; -1: as it was trained", least=-1)
         tile: int = option(256, "largest side in pixels that the network sees at once", least=64)
         seed: int = option(0, "seed of the sampler, the same for every image")
 
@@ -290,7 +292,7 @@ def main():
     restorer = load(cfg.model, cfg.task or "sr", pick_device())
     task = cfg.task or (restorer.defaults["task"] if cfg.model else "sr")
     scale = cfg.scale or {"sr": 4, "sr2": 2, "sr3": 3, "sr4": 4}.get(task, 1)
-    steps = cfg.steps or restorer.defaults["steps"]
+    steps, eta = restorer.settle(cfg.steps, cfg.eta)
     if steps > 1000:
         raise UserError(f"--steps {steps}: must be at most 1000")
     failed = 0
@@ -305,9 +307,9 @@ def main():
             continue
         lq = resize(lq, [side * scale for side in lq.shape[-2:]]).clamp(-1, 1)
         noise = generator(cfg.seed)
-        image = restore(restorer, lq.to(restorer.device), steps, cfg.eta, noise, cfg.tile)
+        image = restore(restorer, lq.to(restorer.device), steps, eta, noise, cfg.tile)
         write_image(target, image[0])
-    print(f"wrote {len(files) - failed} PNGs to {cfg.out} ({steps} steps, eta {cfg.eta})")
+    print(f"wrote {len(files) - failed} PNGs to {cfg.out} ({steps} steps, eta {eta})")
     if failed:
         raise UserError(f"{failed} of {len(files)} files could not be read, see above")
 

@@ -127,7 +127,7 @@ def turns(cfg):
     from accelerate import Accelerator
     device = pick_device()
     restorer = rl.load(cfg.model, cfg.task, device, cfg.dtype)
-    cfg.steps = cfg.steps or restorer.defaults["steps"]
+    cfg.steps, cfg.eta = restorer.settle(cfg.steps, cfg.eta)
     restorer.train_only(cfg.trainable)
     lq, hq = rl.pool(rl.open_split(cfg, "train"), rl.get_task(cfg.task), cfg.size, 0, cfg.inputs)
     *_, ends = time_grid(restorer.scheduler, cfg.steps)

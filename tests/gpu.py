@@ -113,7 +113,8 @@ def set_checkpointing(restorer, on):
 def phases(restorer, judge, size, count):
     """{phase: seconds, on a card also "peak": GiB} of `count` samples of size x size pixels."""
     from accelerate import Accelerator
-    cuda, cfg = restorer.device.type == "cuda", rl.Config(steps=4, micro_batch=count, views=1)
+    cuda = restorer.device.type == "cuda"
+    cfg = rl.Config(steps=4, eta=1.0, micro_batch=count, views=1)
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

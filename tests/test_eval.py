@@ -109,7 +109,7 @@ def test_the_region_shown_is_where_lq_differs_most_and_fooled_judges_are_named(t
         columns=columns, captions=captions))
     monkeypatch.setattr(evaluation, "restore", lambda restorer, lq, *args: lq + 1.0)
     monkeypatch.setattr(evaluation, "whole", lambda *args: (lq, hq))
-    restorer = SimpleNamespace(device="cpu", defaults={"steps": 1})
+    restorer = SimpleNamespace(device="cpu")
     save_regions(tmp_path / "x.png", [0], None, {"rl": restorer}, lambda x, y: x.mean((1, 2, 3)))
     assert list(shown["columns"]) == ["lq", "rl", "hq"]
     assert torch.equal(shown["columns"]["hq"][0], hq[0, :, 40:200, 120:280])
@@ -131,7 +131,7 @@ def test_the_script_compares_two_restorers_and_prints_the_front(tmp_path, tiny_r
     evaluation.main()
     text = capsys.readouterr().out
     assert int(text.split(" images, 1 sampler seeds")[0]) > 4 and "own front" in text
-    assert "6 steps, eta 1.0" in text and f"minus {tmp_path / 'a'}" in text
+    assert "6 steps, eta 0.5" in text and f"minus {tmp_path / 'a'}" in text
     assert (tmp_path / "out/table.md").read_text(encoding="utf-8").strip() in text
     assert (tmp_path / "out/regions.png").exists()
     with open(tmp_path / "out/scores.csv", encoding="utf-8") as file:

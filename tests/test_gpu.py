@@ -56,7 +56,7 @@ def one_step(restorer, reference, device):
     batch = {"path": path, "z0": restorer.encode(lq.flip(-1), lq), "t": t, "eps": eps,
              "weight": torch.tensor([0.3, 0.7]).to(device),
              "advantage": torch.tensor([[1.0] * 4, [-1.0] * 4]).to(device)}
-    return path, image, *rl.step_loss(restorer, reference, rl.Config(), batch, 1)
+    return path, image, *rl.step_loss(restorer, reference, rl.Config(eta=1.0), batch, 1)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -75,7 +75,7 @@ def test_no_tensor_of_the_processor_meets_one_on_a_pretended_device(name):
         batch = {"path": path, "z0": path.z[-1], "t": torch.tensor([3, 900]), "eps": path.z[0],
                  "weight": path.log_prob[0], "advantage": path.log_prob.T}
         with Waits() as waits:
-            rl.step_loss(restorer, reference, rl.Config(), batch, 1)
+            rl.step_loss(restorer, reference, rl.Config(eta=1.0), batch, 1)
     assert waits.count <= 2
     found = [path.log_prob, image, loss, *info.pop("terms").values(), *info.values()]
     assert {x.device.type for x in found} == {"cuda"}
@@ -151,7 +151,7 @@ def test_card_scores_as_the_cpu_and_a_judge_may_live_elsewhere():
     restorer.to("cuda")
     alone = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cuda"),
                             gather=lambda x: x)
-    cfg = rl.Config(steps=4, micro_batch=1)
+    cfg = rl.Config(steps=4, eta=1.0, micro_batch=1)
     for judge in judges:
         _, rewards = rl.collect(restorer, judge, LQ, LQ, generator(0), cfg, alone)
         assert rewards.shape == (2, 1) and rewards.device.type == "cpu"

@@ -61,7 +61,7 @@ def test_step_loss_is_the_papers(tiny_restorer, gen):
     t, eps = rl.draw_noise(restorer, lq, gen)
     batch = {"path": path, "weight": torch.tensor([0.0, 0.3, 1.0]), "z0": restorer.encode(hq, lq),
              "advantage": torch.randn(3, 4, generator=gen), "t": t, "eps": eps}
-    cfg = Config(sft_coef=0.3, kl_coef=0.2)
+    cfg = Config(eta=1.0, sft_coef=0.3, kl_coef=0.2)
     loss, info = rl.step_loss(restorer, reference, cfg, batch, 2)
     step, ref = (rl.replay(r, path, 2, 1.0) for r in (restorer, reference))
     sft = rl.diffusion_loss(restorer, batch["z0"], lq, t, eps)
@@ -102,7 +102,7 @@ def test_collect_in_parts_gives_the_samples_of_one_batch(mode, tiny_restorer, ge
         return (images * refs).mean((1, 2, 3))
 
     def run(micro_batch):
-        cfg = Config(steps=4, reward_mode=mode, micro_batch=micro_batch)
+        cfg = Config(steps=4, eta=1.0, reward_mode=mode, micro_batch=micro_batch)
         return rl.collect(restorer, judge, lq, lq.flip(3), generator(7), cfg, one_process())
     (batch,), whole = run(6)
     parts, rewards = run(2)
@@ -122,7 +122,7 @@ def test_update_visits_each_step_once_with_the_noise_of_its_own_samples(tiny_res
     from accelerate import Accelerator
     restorer, lq = tiny_restorer(), torch.rand(4, 3, 16, 16, generator=gen) * 2 - 1
     average, calls = restorer.frozen_copy(), []
-    cfg = Config(steps=5, micro_batch=2)
+    cfg = Config(steps=5, eta=1.0, micro_batch=2)
     batches, _ = rl.collect(restorer, lambda x, y: brightness(x), lq, lq, gen, cfg, one_process())
     parameter = restorer.weights()[0]
 
@@ -264,7 +264,7 @@ def test_splits_and_settings_arrive_and_the_best_average_is_kept(run, monkeypatc
         return {"val_reward": next(scores), "val_psnr_y": 1.0, "val_psnr": 1.0}
     monkeypatch.setattr(rl, "validate", validate)
     monkeypatch.setattr(rl, "report", lambda *args: reports.append(args))
-    folder = run("best", iterations=6, views=4, steps=3, dtype="bfloat16")
+    folder = run("best", iterations=6, views=4, steps=3, eta=1.0, dtype="bfloat16")
     (train, *_), loss_of, (val, *_) = pools[0][0], updated[0][0][0], held[0][0]
     assert len(train) == 3 and all("train/" in name for name in train.names)
     assert val.names == ["val/flag"] and seen[0][0][1] == 4

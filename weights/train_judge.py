@@ -123,8 +123,8 @@ DAMAGE = {  # (3, H, W) in [-1, 1], severity in [0, 1], generator -> (3, H, W)
     "color noise": color_noise, "stripes": stripes, "checker": checker, "tone": tone,
     "sharpen": lambda x, s, gen: x + 4 * s * (x - gaussian_blur(x, [7, 7], [1.0, 1.0])),
     "ring": lambda x, s, gen: ring(x, s), "smooth": lambda x, s, gen: smooth(x, s)}
-LOOKS = ((1, 1.0), (1, 0.0), (2, 1.0), (0.6, 1.0))  # share of the steps, eta
-KINDS = ("sr", "sr2", "denoise", "deblur", "jpeg", "derain", "dehaze", "lowlight", "real")
+LOOKS = ((1, -1), (1, 1.0), (1.5, -1), (0.6, 0.0))  # share of the steps, eta; -1: as trained
+KINDS = ("sr", "sr2", "denoise", "deblur", "jpeg", "derain", "real", "dehaze", "lowlight")
 RUNGS = 12
 SIDE = 72  # pixels of a rung; training sees any 64 x 64 of it, so that no grid is learned
 
@@ -138,7 +138,7 @@ def damaged(hq, gen):
     return x
 
 
-def restored(restorer, lq, gen, share=1, eta=1.0):
+def restored(restorer, lq, gen, share=1, eta=-1):
     """What a restorer makes of lq (B, 3, H, W), with a share of the steps that it learned."""
     steps = max(2, round(share * restorer.defaults["steps"]))
     bar = tqdm(lq.split(32), restorer.defaults["task"], leave=False, delay=2)
@@ -312,7 +312,7 @@ def hacked_rungs(cfg, recipe):
         seed = 1000 * recipe["seed"] + number
         restorer = load_restorer(folder, dtype="bfloat16")
         lq, hq = crops(cfg.data, recipe["half"], restorer.defaults["task"], cfg.pool, seed)
-        output = restored(restorer, lq, generator(seed, 10), 1, restorer.defaults["eta"])
+        output = restored(restorer, lq, generator(seed, 10))
         share = torch.rand(len(hq), 1, 1, 1, generator=generator(seed, 11))
         rungs = torch.stack([output, torch.lerp(hq, output, share)], 1)
         images.append(to_uint8(rungs).flatten(0, 1))
