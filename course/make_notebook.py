@@ -15,7 +15,10 @@ import kit  # noqa: F401  (the scripts of the folder above)
 from utils import atomic, option, parse, run_main
 
 HERE = Path(__file__).parent
-START = "import kit  # puts the scripts of the folder above on the path\n\nCROPS = 16  # to look at"
+START = """# ruff: noqa: E402, F811  (a lesson's functions are there twice)
+import kit  # puts the scripts of the folder above on the path
+
+CROPS = 16  # to look at"""
 ANSWER = "# The solution. To see what your own does, leave this cell out.\n"
 
 

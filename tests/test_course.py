@@ -38,7 +38,7 @@ def copy(tmp_path):
 def test_every_test_of_a_lesson_fails_until_its_holes_are_filled(copy):
     assert run("-m", "pytest", "-q", folder=copy).returncode == 5  # not collected from above
     done = run("-m", "pytest", "course", "-q", "--tb=line", folder=copy)
-    open_holes = re.findall(r"NotImplementedError: hole \d, \w+, is not filled", done.stdout)
+    open_holes = re.findall(r"E   NotImplementedError: hole \d, \w+, is not filled", done.stdout)
     failed = re.findall(r"FAILED course/test_(lesson\d)", done.stdout)
     assert done.stdout.splitlines()[-1].startswith(f"{len(open_holes)} failed in"), done.stdout
     assert set(failed) == set(LESSONS)
