@@ -64,7 +64,7 @@ def claims(cfg):
                **{f"group, {n}": group[n] | {"method": "group"} for n in (2, 4, 8)},
                "KL, 0": {"kl_coef": 0.0}, "KL, 0.01": {"kl_coef": 1e-2},
                "A sigma / mean": {"method": "sigma"},
-               "likelihood of hq": {"method": "likelihood", "sft_coef": cfg.sft_coef / 10},
+               "likelihood of hq": {"method": "likelihood", "sft_coef": 5 * cfg.sft_coef},
                "judge's gradient *": {"method": "gradient", "lr": 1e-4, "micro_batch": 16,
                                       "apart": True},
                "noisiest steps, 2": {"method": "noisiest2"},
@@ -78,7 +78,7 @@ def claims(cfg):
 # ---- what takes the place of a function of rl.py ----
 
 def judge_and_psnr(images, refs, loaded=[]):
-    """A reward: judge + PSNR / 10 dB, by which restorations of an input vary about alike."""
+    """A reward: judge + PSNR / 10 dB. Restorations of one input differ by 0.034 and 0.28 dB."""
     if not loaded:  # at the first call, and once
         loaded.append(reward.load("judge", images.device))
     return loaded[0](images) + reward.psnr(images, refs) / 10
@@ -105,6 +105,7 @@ def likelihood(restorer, reference, cfg, batch, k):
 
     From z_t = z0 noised, DDIM with the true z0 and eps leads to N(mu, sigma_t^2): the mean of
     -log p_theta over it is ||mu - mu_theta||^2 / (2 sigma_t^2) and a constant; mean over C, H, W.
+    Its gradient is a sixth of that of L_SFT (sr, 8 steps, median of steps): lambda is five times.
     """
     _, info = rl.step_loss(restorer, reference, replace(cfg, sft_coef=0.0), batch, k)
     path, eps, z = batch["path"], batch["eps"], batch["path"].z.clone()
