@@ -3,19 +3,17 @@
   C1 which reward                    C2 where RL is applied, by difficulty
   C3 RL, SFT, both                   C4 the adaptive weight against fixed ones, whole fronts
   C5 every restorer of --models      C6 every task with a restorer in weights/
-  C7 what reviewers ask: group and memory, KL, weight of a step, the judge's own gradient, the
-     ground truth's likelihood in the place of SFT, denoising steps that train, length
-  C8 the hacking curve: reward against outside metrics while training, for each of --rewards
+  C7 what reviewers ask              C8 the hacking curve, for each of --rewards
 
-Each row of a table is rl.py with a few settings changed, once for each seed, measured on the
-photographs of --split. Rows and claims share their runs: OUT/SETTINGS/SEED is made once. A call
-that was stopped is given again; a finished run is kept, another goes on from its checkpoint.
+Each row of a table (results/variants.py) is rl.py with a few settings changed, once for each seed,
+measured on the photographs of --split. Claims share their runs: OUT/SETTINGS/SEED is made once. A
+call that was stopped is given again: finished runs are kept, another goes on from its checkpoint.
 
 How to read a table
- 1. "SFT": means. Other rows: minus SFT, or minus another row of the same seed, as
-    mean ± over photographs ± over seeds, both halves of 95 % intervals by Student's t. Crops of a
-    photograph are no independent witnesses: they are averaged first. Then either the seeds are
-    averaged and photographs vary, or the reverse: the wider one is the safer.
+ 1. "SFT": means. Other rows: minus SFT, or minus another row of the same seed, as mean ± over
+    photographs ± over seeds, halves of 95 % intervals by Student's t. Crops of a photograph are no
+    independent witnesses: they are averaged first, then the seeds (and photographs vary), or the
+    reverse. The wider one is the safer.
  2. p: the paired t-test over photographs of the first row against another. Of twenty such tests
     one is below 0.05 by chance.
  3. brisque is of all crops together: it has no interval over photographs.
@@ -23,11 +21,11 @@ How to read a table
  5. All rows of a claim have the same updates and reward calls, but for those marked *: their
     claim is about the length, or (judge's gradient) the loss itself calls the judge.
  6. Tune with --split val. The test photographs are for what is settled.
-With pairs (--lq, --hq) each crop counts as a photograph: intervals are too narrow then.
+With pairs (--lq, --hq) each crop counts as a photograph, and intervals are too narrow.
 
     python results/claims.py C3                                  # laptop, hours: it says how many
     python results/claims.py C8 --rewards judge judge:OLD        # before and after hardening
-    python results/claims.py C1 --tiny --out runs/tiny           # two minutes: is all well?
+    python results/claims.py C1 --tiny --out runs/tiny           # a minute: is all well?
     python results/claims.py C1 --data DIR --size 256 --model FOLDER --out runs/large       # GPU
 """
 
@@ -58,10 +56,10 @@ from model import load  # noqa: E402
 from utils import (UserError, atomic, option, parse, pick_device, run_main,  # noqa: E402
                    write_json)
 
-SECONDS = 15.0  # of an iteration with 128 restorations, two cores; until a run has been measured
+SECONDS = 15.0  # of an iteration with 128 restorations, until a run has been measured
 EXTRA = 6       # iterations' worth of a run's baseline, validation and measurement
 LPIPS = "pyiqa:lpips ↓"
-OUTSIDE = ("psnr_y", "color_step", "judge2", "pyiqa:lpips", "pyiqa:brisque")  # of C8's figure
+OUTSIDE = ("val_psnr_y", "val_color_step", "val_judge2", "val_pyiqa:lpips", "val_pyiqa:brisque")
 TINY = {"iterations": 2, "inputs": 8, "pool": 8, "size": 32, "views": 1, "steps": 4}
 FREE = ("out", "seed", "seeds", "resume", "split", "only", "models", "rewards")  # not of the runs
 
@@ -85,9 +83,8 @@ def budget(cfg):
 
 def plan(claim, cfg):
     """{name: Row} of a claim; UserError if rows that should cost the same do not."""
-    rows = {}
+    rows, own = {}, {field.name: getattr(cfg, field.name) for field in fields(rl.Config)}
     for name, changes in claims(cfg)[claim].items():
-        own = {key: getattr(cfg, key) for key in (field.name for field in fields(rl.Config))}
         method, apart = changes.get("method", ""), changes.get("apart", False)
         new = {key: value for key, value in changes.items() if key in own and value != own[key]}
         words = [method, *(f"{key}={value}" for key, value in new.items())]
@@ -95,9 +92,8 @@ def plan(claim, cfg):
         rows[name] = Row(rl.Config(**own | new), method, Path(cfg.out, folder), apart)
     if len({budget(row.cfg) for row in rows.values() if not row.apart}) > 1:
         raise UserError(f"{claim}: budgets differ; --inputs must be a multiple of 8")
-    unknown = [name for name in cfg.only if name not in rows]
-    if unknown:
-        raise UserError(f"--only {unknown[0]}: no row of {claim}; choose of {', '.join(rows)}")
+    if not set(cfg.only) <= set(rows):
+        raise UserError(f"--only: the rows of {claim} are: {'; '.join(rows)}")
     return {name: rows[name] for name in cfg.only or rows}
 
 
@@ -112,13 +108,12 @@ def check_settings(cfg):
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else now
     for key, value in now.items():
         if before.get(key) != value:
-            raise UserError(f"--out {cfg.out}: its runs have {key} {before.get(key)}, not {value}; "
-                            "give the same, or another --out")
+            raise UserError(f"--out {cfg.out}: its runs have {key} {before.get(key)}, not {value}")
     write_json(file, now)
 
 
 def done(folder):
-    return (folder / "model").is_dir()  # the last thing that a run writes and we need
+    return (folder / "model").is_dir()  # is written last
 
 
 def log(folder):
@@ -132,8 +127,8 @@ def cost(claim, runs):
     left = [row.cfg for row, folder in runs if not done(folder)]
     seen = [x["seconds"] for _, folder in runs if done(folder) for x in log(folder)[1:]]
     updates, calls = (sum(part) for part in zip((0, 0), *map(budget, left)))
-    guess = SECONDS * runs[0][0].cfg.inputs * runs[0][0].cfg.samples / 128
-    seconds = statistics.mean(seen) if seen else guess
+    samples = runs[0][0].cfg.inputs * runs[0][0].cfg.samples
+    seconds = statistics.mean(seen or [SECONDS * samples / 128])
     minutes = sum(cfg.iterations + EXTRA for cfg in left) * seconds / 60
     return (f"{claim}: {len(left)} of {len(runs)} runs to do, {updates} updates, {calls} reward "
             f"calls, about {minutes:.0f} minutes at {seconds:.1f} s an iteration "
@@ -164,10 +159,8 @@ def stored(file, keys, make):
 
 
 def measure(cfg, rows):
-    """-> {(task, model): (rows of eval.compare, names of crops, {row: {metric: (S, N)}})}.
-
-    S: seeds, N: crops, or 1 for a score of the set.
-    """
+    """-> {(task, model): (rows of eval.compare, names of crops, {row: {metric: (S, N)}})}, of S
+    seeds and N crops; N is 1 for a score of the set."""
     device, found = pick_device(), {}
     metrics = load_metrics(INSTRUMENTS, device)
     keys = [*metrics, *FIDELITY, "color_step ↓"]
@@ -187,10 +180,8 @@ def measure(cfg, rows):
         if key not in found:
             file = re.sub(r"[^\w.+-]", "_", f"sft-{'-'.join(key)}-{cfg.split}.json")
             found[key] = stored(Path(cfg.out, file), keys, base), names, {}
-        seeds = []
-        for home in (folder / seed for seed in cfg.seeds):
-            scores = stored(home / f"{cfg.split}.json", keys, lambda: run(home / "model"))
-            seeds.append(scores["sft"])
+        seeds = [stored(folder / seed / f"{cfg.split}.json", keys,
+                        lambda: run(folder / seed / "model"))["sft"] for seed in cfg.seeds]
         found[key][2][name] = {x: torch.stack([one[x] for one in seeds]) for x in keys}
     return found
 
@@ -224,10 +215,8 @@ def cell(mean, over_photographs, over_seeds, p=math.nan):
 
 
 def changes_of(rows, names, models):
-    """-> ({row: {metric: (S, photographs)}} minus SFT, {metric: mean of SFT}, points of the front).
-
-    A point: (change of PSNR-Y, change of LPIPS), from (0, 0) on, by falling PSNR-Y.
-    """
+    """-> ({row: {metric: (S, photographs)}} minus SFT, {metric: mean of SFT}, points of the front:
+    (change of PSNR-Y, change of LPIPS), the first is (0, 0))."""
     def means(scores):
         return {key: by_photograph(torch.atleast_2d(x), names) for key, x in scores.items()}
     sft = means(rows["sft"])
@@ -238,7 +227,7 @@ def changes_of(rows, names, models):
         if name.startswith("sft, ") and LPIPS in sft:
             other = means(rows[name])
             points.append(tuple((other[k] - sft[k]).mean().item() for k in ("psnr_y", LPIPS)))
-    return change, {key: x.mean().item() for key, x in sft.items()}, sorted(points, reverse=True)
+    return change, {key: x.mean().item() for key, x in sft.items()}, points
 
 
 def table_rows(change, sft, points, minutes):
@@ -268,14 +257,16 @@ def looks(row, seeds):
 
 
 def draw(path, groups, courses):
-    """groups: [(label, change, points)] of the plane; courses: {row: looks}, of C8, or {}."""
+    """groups: [(label, change, points)] of the plane; courses: {row: looks}, for C8 only."""
     from matplotlib.figure import Figure
-    columns = [f"val_{key}" for key in OUTSIDE if all(f"val_{key}" in x for x in courses.values())]
-    columns = columns if courses else []
+    columns = [key for key in OUTSIDE if courses and all(key in x for x in courses.values())]
     figure = Figure((7 + 3.2 * len(columns), 5), dpi=100, layout="constrained")
     plane, *axes = figure.subplots(1, 1 + len(columns), squeeze=False)[0]
     for label, change, points in groups:
-        plane.plot(*zip(*points), "--", marker=".", color="grey", label=f"front of SFT{label}")
+        drops = torch.linspace(0, -min(x for x, _ in points), 60).tolist()
+        front = [-gain_on_front([(-x, -y) for x, y in points], drop) for drop in drops]
+        plane.plot([-x for x in drops], front, "--", color="grey", label=f"front of SFT{label}")
+        plane.plot(*zip(*points), ".", color="grey")
         lines = {}
         for name, row in change.items():
             (x, _, wide, _), (y, _, high, _) = (paired(row[key]) for key in ("psnr_y", LPIPS))
@@ -307,10 +298,8 @@ class Config(rl.Config):
 
 def main():
     cfg, words = parse(Config, positional="one of C1 to C8")
-    if len(words) != 1 or words[0] not in claims(cfg):
-        raise UserError("give one claim, C1 to C8")
-    if not cfg.seeds or not all(seed.isdigit() for seed in cfg.seeds):
-        raise UserError(f"--seeds {' '.join(cfg.seeds)}: give whole numbers")
+    if len(words) != 1 or words[0] not in claims(cfg) or not all(map(str.isdigit, cfg.seeds)):
+        raise UserError("give one claim, C1 to C8, and --seeds that are whole numbers")
     cfg, claim = replace(cfg, **TINY) if cfg.tiny else cfg, words[0]
     rows = plan(claim, cfg)
     check_settings(cfg)
@@ -330,13 +319,13 @@ def main():
         part = table_rows(change, sft, points, minutes)
         lines |= {name + label * (name == "SFT"): x for name, x in part.items()}
         groups.append((label, change, points))
-    text = markdown(f"{claim}, {cfg.split}", [*sft, "x front", "minutes"], lines)
-    with atomic(Path(cfg.out, f"{claim}-{cfg.split}.md")) as temporary:
+    text, name = markdown(claim, [*sft, "x front", "minutes"], lines), f"{claim}-{cfg.split}"
+    with atomic(Path(cfg.out, f"{name}.md")) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     print(text)
     if LPIPS in sft:
         courses = {name: looks(row, cfg.seeds) for name, row in rows.items() if claim == "C8"}
-        draw(Path(cfg.out, f"{claim}-{cfg.split}.png"), groups, courses)
+        draw(Path(cfg.out, f"{name}.png"), groups, courses)
 
 
 if __name__ == "__main__":

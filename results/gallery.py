@@ -1,9 +1,8 @@
 """One HTML page of what RL changed: before and after behind a slider, the worst cases first.
 
 Whole photographs, restored by the SFT restorer and by the run's with the same noise, are cut into
-squares, which are sorted by the change of LPIPS (of the judge, where LPIPS is not here). Left and
-right of the slider, which arrow keys move, any of lq, SFT, RL and hq. All images are PNGs within
-the page, which fetches nothing.
+squares, sorted by the change of LPIPS (of the judge, where LPIPS is not here). The slider is moved
+by arrow keys, too; beside it any of lq, SFT, RL and hq. The page holds all images, as PNG.
 
     python results/gallery.py runs/sr-154 --out runs/gallery.html       # laptop, a minute
     python results/gallery.py runs/sr-154 runs/sr-155 --side 256 --data DIR           # GPU
@@ -123,8 +122,7 @@ def article(case):
 
 def page(cases):
     """The whole file; worst cases first."""
-    cases = sorted(cases, key=harm, reverse=True)
-    worse = sum(harm(case) > 0 for case in cases)
+    cases, worse = sorted(cases, key=harm, reverse=True), sum(harm(case) > 0 for case in cases)
     return ('<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><title>SFT and RL</title>'
             f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>\n'
             f"<h1>SFT and RL</h1><p>Worst first: {worse} of {len(cases)} squares got worse. "

@@ -139,11 +139,12 @@ def gradient(cfg):
     return reward_gradient.make_step_loss(judge)
 
 
-def outside(average, val, judge, cfg):
-    """rl.validate with the outside metrics beside the reward."""
-    metrics = load_metrics(INSTRUMENTS, average.device)
-    scores, _ = evaluate(average, val, {"reward": judge} | metrics, cfg.steps, cfg.eta)
-    return {f"val_{name.split()[0]}": x.nanmean().item() for name, x in scores.items()}
+def outside(metrics):
+    """rl.validate with outside metrics beside the reward."""
+    def validate(average, val, judge, cfg):
+        scores, _ = evaluate(average, val, {"reward": judge} | metrics, cfg.steps, cfg.eta)
+        return {f"val_{name.split()[0]}": x.nanmean().item() for name, x in scores.items()}
+    return validate
 
 
 reward.REWARDS["judge+psnr"] = judge_and_psnr
@@ -157,4 +158,4 @@ METHODS = {  # cfg -> {name of a function of rl.py: its replacement}
     "sigma": lambda cfg: {"step_loss": by_sigma},
     "likelihood": lambda cfg: {"step_loss": likelihood},
     "gradient": lambda cfg: {"step_loss": gradient(cfg)},
-    "curve": lambda cfg: {"validate": outside}}
+    "curve": lambda cfg: {"validate": outside(load_metrics(INSTRUMENTS, pick_device()))}}
