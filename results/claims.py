@@ -13,7 +13,7 @@ How to read a table
  1. "SFT": means. Other rows: minus SFT, or minus another row of the same seed, as mean ± over
     photographs ± over seeds, halves of 95 % intervals by Student's t. Crops of a photograph are no
     independent witnesses: they are averaged first, then the seeds (and photographs vary), or the
-    reverse. The wider one is the safer.
+    reverse. No interval holds both; the wider is the safer. Zeros: the SFT restorer was kept.
  2. p: the paired t-test over photographs of the first row against another. Of twenty such tests
     one is below 0.05 by chance.
  3. brisque is of all crops together: it has no interval over photographs.
@@ -53,10 +53,9 @@ from data import get_task, held_out, open_split  # noqa: E402
 from eval import (FIDELITY, FRONT, INSTRUMENTS, compare, evaluate, gain_on_front,  # noqa: E402
                   in_batches, interval, load_metrics, markdown, save_figure)
 from model import load  # noqa: E402
-from utils import (UserError, atomic, option, parse, pick_device, run_main,  # noqa: E402
-                   write_json)
+from utils import UserError, atomic, option, parse, pick_device, run_main, write_json  # noqa: E402
 
-SECONDS = 15.0  # of an iteration with 128 restorations, until a run has been measured
+SECONDS = 11.0  # of an iteration with 128 restorations, two cores; until a run is measured
 EXTRA = 6       # iterations' worth of a run's baseline, validation and measurement
 LPIPS = "pyiqa:lpips ↓"
 OUTSIDE = ("val_psnr_y", "val_color_step", "val_judge2", "val_pyiqa:lpips", "val_pyiqa:brisque")
@@ -86,12 +85,12 @@ def plan(claim, cfg):
     rows, own = {}, {field.name: getattr(cfg, field.name) for field in fields(rl.Config)}
     for name, changes in claims(cfg)[claim].items():
         method, apart = changes.get("method", ""), changes.get("apart", False)
-        new = {key: value for key, value in changes.items() if key in own and value != own[key]}
+        new = {key: x for key, x in changes.items() if key in own and x != own[key]}
         words = [method, *(f"{key}={value}" for key, value in new.items())]
         folder = re.sub(r"[^\w.=+-]", "_", "-".join(filter(None, words))) or "default"
         rows[name] = Row(rl.Config(**own | new), method, Path(cfg.out, folder), apart)
-    if len({budget(row.cfg) for row in rows.values() if not row.apart}) > 1:
-        raise UserError(f"{claim}: budgets differ; --inputs must be a multiple of 8")
+    if len({budget(row.cfg) for row in rows.values() if not row.apart}) != 1:
+        raise UserError(f"{claim}: no rows, or budgets differ; --inputs must be a multiple of 8")
     if not set(cfg.only) <= set(rows):
         raise UserError(f"--only: the rows of {claim} are: {'; '.join(rows)}")
     return {name: rows[name] for name in cfg.only or rows}
@@ -102,7 +101,7 @@ def check_settings(cfg):
     digest = hashlib.sha1()
     for file in sorted((ROOT / "weights").rglob("*.safetensors")):
         digest.update(file.read_bytes())
-    now = {key: value for key, value in asdict(cfg).items() if key not in FREE}
+    now = {key: x for key, x in asdict(cfg).items() if key not in FREE}
     now["weights/"] = digest.hexdigest()
     file = Path(cfg.out, "settings.json")
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else now
@@ -186,7 +185,7 @@ def measure(cfg, rows):
     return found
 
 
-# ---- statistics and table ----
+# ---- statistics, table, figure ----
 
 def by_photograph(values, names):
     """(S, N) of crops "PHOTOGRAPH@y,x" -> (S, photographs), means; scores of a set stay (S, 1)."""
@@ -242,12 +241,10 @@ def table_rows(change, sft, points, minutes):
             lines[name]["x front"] = f"{gain / own:.1f}" if own > 5e-4 else "front: none"
     first, *others = change
     for name in others:
-        lines[f"{first} minus {name}"] = {key: cell(*paired(change[first][key] - change[name][key]))
-                                          for key in sft}
+        gap = {key: change[first][key] - x for key, x in change[name].items()}
+        lines[f"{first} minus {name}"] = {key: cell(*paired(x)) for key, x in gap.items()}
     return lines
 
-
-# ---- figure ----
 
 def looks(row, seeds):
     """{column: changes since the SFT restorer (looks,)} of the validation columns, over seeds."""
@@ -298,7 +295,7 @@ class Config(rl.Config):
 
 def main():
     cfg, words = parse(Config, positional="one of C1 to C8")
-    if len(words) != 1 or words[0] not in claims(cfg) or not all(map(str.isdigit, cfg.seeds)):
+    if len(words) != 1 or words[0] not in claims(cfg) or not "".join(cfg.seeds).isdigit():
         raise UserError("give one claim, C1 to C8, and --seeds that are whole numbers")
     cfg, claim = replace(cfg, **TINY) if cfg.tiny else cfg, words[0]
     rows = plan(claim, cfg)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,23 +25,19 @@ from data import get_task, open_split, whole  # noqa: E402
 from eval import load_metrics, measure  # noqa: E402
 from model import load  # noqa: E402
 from sample import restore  # noqa: E402
-from utils import (UserError, atomic, generator, option, parse, pick_device, run_main,  # noqa: E402
-                   to_uint8)
+from utils import UserError, atomic, generator, option, parse  # noqa: E402
+from utils import pick_device, run_main, to_uint8  # noqa: E402
 
 KINDS, SHOWN = ("lq", "SFT", "RL", "hq"), {"SFT": "left", "RL": "right"}
-LPIPS = "pyiqa:lpips ↓"
 STYLE = """
 :root { color-scheme: light dark }
 body { font: 16px/1.4 system-ui, sans-serif; margin: 1rem auto; max-width: 76rem }
 main { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(24rem, 1fr)) }
-article { border: 1px solid #8888; padding: .6rem }
-.stack { display: grid }
-.stack img { grid-area: 1 / 1; width: 100%; visibility: hidden }
+article { border: 1px solid #8888; padding: .6rem } td, th { text-align: right }
+.stack { display: grid } .stack img { grid-area: 1 / 1; width: 100%; visibility: hidden }
 .stack .left, .stack .right { visibility: visible }
 .stack .left:not(.right) { z-index: 1; clip-path: inset(0 calc(100% - var(--cut, 50%)) 0 0) }
-input { width: 100% }
-table { border-collapse: collapse; font-size: .8rem; width: 100% }
-td, th { border-top: 1px solid #8888; padding: .1rem .2rem; text-align: right }
+input, table { width: 100%; font-size: .8rem }
 """
 SCRIPT = """
 for (const one of document.querySelectorAll("article")) {
@@ -98,7 +93,7 @@ def cases_of(run, cfg):
 def harm(case):
     """How much worse RL is than SFT: the rise of LPIPS, or else the fall of the first metric."""
     sft, rl = case["scores"]["SFT"], case["scores"]["RL"]
-    key = LPIPS if LPIPS in sft else next(iter(sft))
+    key = "pyiqa:lpips ↓" if "pyiqa:lpips ↓" in sft else next(iter(sft))
     return (rl[key] - sft[key]).item() * (1 if key.endswith("↓") else -1)
 
 
@@ -139,7 +134,6 @@ class Config:
     side: int = option(192, "of the squares in pixels; 0: whole photographs", least=0)
 
 
-@torch.no_grad()
 def main():
     cfg, runs = parse(Config, positional="folders of runs")
     if not runs:

@@ -72,11 +72,17 @@ def test_budgets_are_equal_but_where_the_claim_is_about_them(claim):
         assert not any(row.apart for row in rows.values())
 
 
-def test_unequal_budgets_and_unknown_rows_are_refused():
+def test_unequal_budgets_and_unknown_rows_are_refused(monkeypatch):
     with pytest.raises(UserError, match="budgets differ"):
         claims.plan("C7", claims.Config(inputs=100))
     with pytest.raises(UserError, match="adaptive; RL only"):
         claims.plan("C3", claims.Config(only=["nope"]))
+    for words in ([], ["C9"], ["C1", "C2"], ["C1", "--seeds", "x"], ["C1", "--seeds"]):
+        monkeypatch.setattr(sys, "argv", ["claims.py", *words])
+        with pytest.raises(UserError, match="give one claim"):
+            claims.main()
+    with pytest.raises(UserError, match="no rows"):
+        claims.plan("C5", claims.Config(models=[]))
 
 
 def test_half_of_the_inputs_have_rl():

@@ -51,7 +51,7 @@ def test_a_page_of_a_run_is_whole_and_has_the_worst_first(tmp_path, photo_folder
     cfg = rl.Config(model=str(tmp_path / "start"), data=str(photo_folder), steps=4, eta=0.5)
     (run / "config.json").write_text(json.dumps(asdict(cfg)), encoding="utf-8")
     monkeypatch.setattr(gallery, "load_metrics", lambda names, device: {
-        gallery.LPIPS: lambda x, y: (x - y).abs().mean((1, 2, 3))})
+        "pyiqa:lpips ↓": lambda x, y: (x - y).abs().mean((1, 2, 3))})
     words = ["gallery.py", run, "--side", 40, "--out", tmp_path / "page.html"]
     monkeypatch.setattr(sys, "argv", list(map(str, words)))
     gallery.main()
