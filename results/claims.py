@@ -278,6 +278,7 @@ def draw(path, groups, courses):
         for name, course in courses.items():
             axis.plot(course["val_reward"], course[key], marker=".", label=name)
         axis.set(xlabel="reward minus SFT", title=f"{key[4:]} minus SFT, validation")
+        axis.legend(fontsize=7)
     save_figure(path, figure)
 
 
