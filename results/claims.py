@@ -1,0 +1,330 @@
+"""One claim of the paper, tested by one command: its runs, its table, its figure.
+
+  C1 which reward                    C2 where RL is applied, by difficulty
+  C3 RL, SFT, both                   C4 the adaptive weight against fixed ones, whole fronts
+  C5 every restorer of --models      C6 every task with a restorer in weights/
+  C7 what reviewers ask              C8 the hacking curve, for each of --rewards
+
+Each row of a table (results/variants.py) is rl.py with a few settings changed, once for each seed,
+measured on the photographs of --split. Claims share their runs: OUT/SETTINGS/SEED is made once. A
+call that was stopped is given again: finished runs are kept, another goes on from its checkpoint.
+
+How to read a table
+ 1. "SFT": means. Other rows: minus SFT, or minus another row of the same seed, as mean ± over
+    photographs ± over seeds, halves of 95 % intervals by Student's t. Crops of a photograph are no
+    independent witnesses: they are averaged first, then the seeds (and photographs vary), or the
+    reverse. No interval holds both; the wider is the safer. Zeros: the SFT restorer was kept.
+ 2. p: the paired t-test over photographs of the first row against another. Of twenty such tests
+    one is below 0.05 by chance.
+ 3. brisque is of all crops together: it has no interval over photographs.
+ 4. "x front": LPIPS gained, over what the SFT restorer gains by other steps and eta at that PSNR-Y.
+ 5. All rows of a claim have the same updates and reward calls, but for those marked *: their
+    claim is about the length, or (judge's gradient) the loss itself calls the judge.
+ 6. Tune with --split val. The test photographs are for what is settled.
+With pairs (--lq, --hq) each crop counts as a photograph, and intervals are too narrow.
+
+    python results/claims.py C3                                  # laptop, hours: it says how many
+    python results/claims.py C8 --rewards judge judge:OLD        # before and after hardening
+    python results/claims.py C1 --tiny --out runs/tiny           # a minute: is all well?
+    python results/claims.py C1 --data DIR --size 256 --model FOLDER --out runs/large       # GPU
+"""
+
+import csv
+import hashlib
+import json
+import math
+import re
+import statistics
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+
+from variants import METHODS, claims  # noqa: E402
+
+import rl  # noqa: E402
+from data import get_task, held_out, open_split  # noqa: E402
+from eval import (FIDELITY, FRONT, INSTRUMENTS, compare, evaluate, gain_on_front,  # noqa: E402
+                  in_batches, interval, load_metrics, markdown, save_figure)
+from model import load  # noqa: E402
+from utils import UserError, atomic, option, parse, pick_device, run_main, write_json  # noqa: E402
+
+SECONDS = 11.0  # of an iteration with 128 restorations, two cores; until a run is measured
+EXTRA = 6       # iterations' worth of a run's baseline, validation and measurement
+LPIPS = "pyiqa:lpips ↓"
+OUTSIDE = ("val_psnr_y", "val_color_step", "val_judge2", "val_pyiqa:lpips", "val_pyiqa:brisque")
+TINY = {"iterations": 2, "inputs": 8, "pool": 8, "size": 32, "views": 1, "steps": 4}
+FREE = ("out", "seed", "seeds", "resume", "split", "only", "models", "rewards")  # not of the runs
+
+
+# ---- the runs ----
+
+class Row(NamedTuple):
+    cfg: rl.Config
+    method: str
+    folder: Path  # holds a run for each seed
+    apart: bool
+
+
+def budget(cfg):
+    """(updates, calls of the reward by one view of one image) of a run; 64 validation crops."""
+    looks = 1 + -(-cfg.iterations // rl.LOOK_EVERY)
+    judged = cfg.steps if cfg.reward_mode == "step" else 1
+    restored = (2 * cfg.pool + cfg.iterations * cfg.inputs * cfg.samples) * judged
+    return cfg.iterations * rl.UPDATES, cfg.views * (cfg.pool + restored + 64 * looks)
+
+
+def plan(claim, cfg):
+    """{name: Row} of a claim; UserError if rows that should cost the same do not."""
+    rows, own = {}, {field.name: getattr(cfg, field.name) for field in fields(rl.Config)}
+    for name, changes in claims(cfg)[claim].items():
+        method, apart = changes.get("method", ""), changes.get("apart", False)
+        new = {key: x for key, x in changes.items() if key in own and x != own[key]}
+        words = [method, *(f"{key}={value}" for key, value in new.items())]
+        folder = re.sub(r"[^\w.=+-]", "_", "-".join(filter(None, words))) or "default"
+        rows[name] = Row(rl.Config(**own | new), method, Path(cfg.out, folder), apart)
+    if len({budget(row.cfg) for row in rows.values() if not row.apart}) != 1:
+        raise UserError(f"{claim}: no rows, or budgets differ; --inputs must be a multiple of 8")
+    if not set(cfg.only) <= set(rows):
+        raise UserError(f"--only: the rows of {claim} are: {'; '.join(rows)}")
+    return {name: rows[name] for name in cfg.only or rows}
+
+
+def check_settings(cfg):
+    """Raises UserError if the runs in cfg.out were made with other settings or shipped weights."""
+    digest = hashlib.sha1()
+    for file in sorted((ROOT / "weights").rglob("*.safetensors")):
+        digest.update(file.read_bytes())
+    now = {key: x for key, x in asdict(cfg).items() if key not in FREE}
+    now["weights/"] = digest.hexdigest()
+    file = Path(cfg.out, "settings.json")
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else now
+    for key, value in now.items():
+        if before.get(key) != value:
+            raise UserError(f"--out {cfg.out}: its runs have {key} {before.get(key)}, not {value}")
+    write_json(file, now)
+
+
+def done(folder):
+    return (folder / "model").is_dir()  # is written last
+
+
+def log(folder):
+    """metrics.csv as a list of {column: float}."""
+    with open(folder / "metrics.csv", encoding="utf-8") as file:
+        return [{key: float(x) for key, x in row.items() if x} for row in csv.DictReader(file)]
+
+
+def cost(claim, runs):
+    """A line: what is left to do, and how long it takes. runs: [(Row, folder)]."""
+    left = [row.cfg for row, folder in runs if not done(folder)]
+    seen = [x["seconds"] for _, folder in runs if done(folder) for x in log(folder)[1:]]
+    updates, calls = (sum(part) for part in zip((0, 0), *map(budget, left)))
+    samples = runs[0][0].cfg.inputs * runs[0][0].cfg.samples
+    seconds = statistics.mean(seen or [SECONDS * samples / 128])
+    minutes = sum(cfg.iterations + EXTRA for cfg in left) * seconds / 60
+    return (f"{claim}: {len(left)} of {len(runs)} runs to do, {updates} updates, {calls} reward "
+            f"calls, about {minutes:.0f} minutes at {seconds:.1f} s an iteration "
+            f"({'measured' if seen else 'a guess'})")
+
+
+def train(row, folder):
+    """One run, from its start or its last checkpoint; the name of its folder is its seed."""
+    resume = (folder / "checkpoint.safetensors").exists()
+    cfg = replace(row.cfg, seed=int(folder.name), out=str(folder), resume=resume)
+    parts = METHODS[row.method](cfg)
+    step_loss = parts.pop("step_loss", rl.step_loss)
+    with patch.multiple(rl, report=lambda *args: None, **parts):  # measured below, all alike
+        rl.train(cfg, step_loss)
+
+
+# ---- measurement ----
+
+def stored(file, keys, make):
+    """make() -> {row: {metric: (N,)}}, kept in a JSON file unless a metric of `keys` is new."""
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"sft": {}}
+    if not set(keys) <= set(known["sft"]):
+        known = {name: {key: x.tolist() for key, x in scores.items()}
+                 for name, scores in make().items()}
+        write_json(file, known)
+    return {name: {key: torch.tensor(x) for key, x in scores.items()}
+            for name, scores in known.items()}
+
+
+def measure(cfg, rows):
+    """-> {(task, model): (rows of eval.compare, names of crops, {row: {metric: (S, N)}})}, of S
+    seeds and N crops; N is 1 for a score of the set."""
+    device, found = pick_device(), {}
+    metrics = load_metrics(INSTRUMENTS, device)
+    keys = [*metrics, *FIDELITY, "color_step ↓"]
+    count, turns, front = (8, 1, FRONT[:2]) if cfg.tiny else (128, 3, FRONT)
+    for name, (own, _, folder, _) in rows.items():
+        lq, hq, names = held_out(open_split(own, cfg.split), get_task(own.task), own.size, count)
+        batches = in_batches(lq, hq, device)
+
+        def base():
+            restorers = {"sft": load(own.model, own.task, device)}
+            return compare(restorers, batches, metrics, own.steps, own.eta, turns, front=front)
+
+        def run(model):
+            restorer = load(str(model), device=device)
+            return {"sft": evaluate(restorer, batches, metrics, own.steps, own.eta, turns)[0]}
+        key = own.task, own.model
+        if key not in found:
+            file = re.sub(r"[^\w.+-]", "_", f"sft-{'-'.join(key)}-{cfg.split}.json")
+            found[key] = stored(Path(cfg.out, file), keys, base), names, {}
+        seeds = [stored(folder / seed / f"{cfg.split}.json", keys,
+                        lambda: run(folder / seed / "model"))["sft"] for seed in cfg.seeds]
+        found[key][2][name] = {x: torch.stack([one[x] for one in seeds]) for x in keys}
+    return found
+
+
+# ---- statistics, table, figure ----
+
+def by_photograph(values, names):
+    """(S, N) of crops "PHOTOGRAPH@y,x" -> (S, photographs), means; scores of a set stay (S, 1)."""
+    owners = [name.partition("@")[0] for name in names]
+    if values.shape[1] != len(owners):
+        return values
+    parts = [[owner == one for owner in owners] for one in dict.fromkeys(owners)]
+    return torch.stack([values[:, part].nanmean(1) for part in parts], 1)
+
+
+def paired(change):
+    """Changes (seeds, photographs) -> (mean, half of the 95 % interval over photographs, the same
+    over seeds, p of the t-test over photographs); NaN where there is only one."""
+    from scipy.stats import t
+    photographs, seeds = change.nanmean(0), change.nanmean(1)
+    mean, wide = interval(photographs, 0 * photographs)
+    degrees = len(photographs) - 1
+    statistic = abs(mean) / max(wide / t.ppf(0.975, degrees), 1e-12) if degrees else math.nan
+    return mean, wide, interval(seeds, 0 * seeds)[1], 2 * t.sf(statistic, degrees)
+
+
+def cell(mean, over_photographs, over_seeds, p=math.nan):
+    digits = 2 if max(abs(mean), 0 if math.isnan(over_seeds) else over_seeds) >= 1 else 4
+    widths = ["-" if math.isnan(x) else f"{x:.{digits}f}" for x in (over_photographs, over_seeds)]
+    return " ± ".join([f"{mean:+.{digits}f}", *widths]) + ("" if math.isnan(p) else f", p {p:.2g}")
+
+
+def changes_of(rows, names, models):
+    """-> ({row: {metric: (S, photographs)}} minus SFT, {metric: mean of SFT}, points of the front:
+    (change of PSNR-Y, change of LPIPS), the first is (0, 0))."""
+    def means(scores):
+        return {key: by_photograph(torch.atleast_2d(x), names) for key, x in scores.items()}
+    sft = means(rows["sft"])
+    change = {name: {key: x - sft[key] for key, x in means(scores).items()}
+              for name, scores in models.items()}
+    points = [(0.0, 0.0)]
+    for name in rows:
+        if name.startswith("sft, ") and LPIPS in sft:
+            other = means(rows[name])
+            points.append(tuple((other[k] - sft[k]).mean().item() for k in ("psnr_y", LPIPS)))
+    return change, {key: x.mean().item() for key, x in sft.items()}, points
+
+
+def table_rows(change, sft, points, minutes):
+    """{first cell: {column: text}}: SFT, each row minus it, the first row minus each other."""
+    lines = {"SFT": {key: f"{x:.2f}" if x >= 5 else f"{x:.4f}" for key, x in sft.items()}}
+    for name, row in change.items():
+        lines[name] = {key: cell(*paired(x)[:3]) for key, x in row.items()}
+        lines[name]["minutes"] = f"{minutes[name]:.1f}"
+        if LPIPS in row:
+            gain, drop = (-row[key].mean().item() for key in (LPIPS, "psnr_y"))
+            own = gain_on_front([(-x, -y) for x, y in points], drop)
+            lines[name]["x front"] = f"{gain / own:.1f}" if own > 5e-4 else "front: none"
+    first, *others = change
+    for name in others:
+        gap = {key: change[first][key] - x for key, x in change[name].items()}
+        lines[f"{first} minus {name}"] = {key: cell(*paired(x)) for key, x in gap.items()}
+    return lines
+
+
+def looks(row, seeds):
+    """{column: changes since the SFT restorer (looks,)} of the validation columns, over seeds."""
+    runs = [[x for x in log(row.folder / seed) if "val_reward" in x] for seed in seeds]
+    return {key: [statistics.mean(run[i][key] - run[0][key] for run in runs)
+                  for i in range(min(map(len, runs)))] for key in runs[0][0] if key[:4] == "val_"}
+
+
+def draw(path, groups, courses):
+    """groups: [(label, change, points)] of the plane; courses: {row: looks}, for C8 only."""
+    from matplotlib.figure import Figure
+    columns = [key for key in OUTSIDE if courses and all(key in x for x in courses.values())]
+    figure = Figure((7 + 3.2 * len(columns), 5), dpi=100, layout="constrained")
+    plane, *axes = figure.subplots(1, 1 + len(columns), squeeze=False)[0]
+    for label, change, points in groups:
+        drops = torch.linspace(0, -min(x for x, _ in points), 60).tolist()
+        front = [-gain_on_front([(-x, -y) for x, y in points], drop) for drop in drops]
+        plane.plot([-x for x in drops], front, "--", color="grey", label=f"front of SFT{label}")
+        plane.plot(*zip(*points), ".", color="grey")
+        lines = {}
+        for name, row in change.items():
+            (x, _, wide, _), (y, _, high, _) = (paired(row[key]) for key in ("psnr_y", LPIPS))
+            lines.setdefault(name.partition(", ")[0], []).append((x, y, wide, high))
+        for name, line in lines.items():
+            x, y, wide, high = torch.tensor(sorted(line)).nan_to_num(0.0).T.tolist()
+            plane.errorbar(x, y, high, wide, marker="o", markersize=4, capsize=2, label=name)
+    plane.set(xlabel="PSNR-Y minus SFT, dB", ylabel="LPIPS minus SFT (lower is better)",
+              title="bars: 95 % over seeds")
+    plane.legend(fontsize=7)
+    for axis, key in zip(axes, columns):
+        for name, course in courses.items():
+            axis.plot(course["val_reward"], course[key], marker=".", label=name)
+        axis.set(xlabel="reward minus SFT", title=f"{key[4:]} minus SFT, validation")
+        axis.legend(fontsize=7)
+    save_figure(path, figure)
+
+
+@dataclass
+class Config(rl.Config):
+    """Tests a claim of the paper, C1 to C8. --seed and --resume are set by it."""
+    out: str = option("runs/claims", "folder of all runs, tables and figures")
+    seeds: list = option(["170", "171", "172", "173", "174"], "of the runs, five or more")
+    split: str = option("test", "photographs that are measured; val: to tune", ["test", "val"])
+    only: list = option([], "rows of the claim; empty: all")
+    models: list = option([""], "SFT restorers of C5; empty: the shipped one")
+    rewards: list = option(["judge"], "of C8, as NAME:FOLDER for other weights of a judge")
+    tiny: bool = option(False, "two iterations, small crops: is all well?")
+
+
+def main():
+    cfg, words = parse(Config, positional="one of C1 to C8")
+    if len(words) != 1 or words[0] not in claims(cfg) or not "".join(cfg.seeds).isdigit():
+        raise UserError("give one claim, C1 to C8, and --seeds that are whole numbers")
+    cfg, claim = replace(cfg, **TINY) if cfg.tiny else cfg, words[0]
+    rows = plan(claim, cfg)
+    check_settings(cfg)
+    runs = [(row, row.folder / seed) for seed in cfg.seeds for row in rows.values()]
+    print(cost(claim, runs), flush=True)
+    for row, folder in runs:
+        if not done(folder):
+            train(row, folder)
+            print(cost(claim, runs), flush=True)
+
+    found, lines, groups = measure(cfg, rows), {}, []
+    minutes = {name: statistics.mean(sum(x.get("seconds", 0) for x in log(row.folder / seed)) / 60
+                                     for seed in cfg.seeds) for name, row in rows.items()}
+    for key, (base, names, models) in found.items():
+        label = f" {' '.join(key)}" if len(found) > 1 else ""
+        change, sft, points = changes_of(base, names, models)
+        part = table_rows(change, sft, points, minutes)
+        lines |= {name + label * (name == "SFT"): x for name, x in part.items()}
+        groups.append((label, change, points))
+    text, name = markdown(claim, [*sft, "x front", "minutes"], lines), f"{claim}-{cfg.split}"
+    with atomic(Path(cfg.out, f"{name}.md")) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    print(text)
+    if LPIPS in sft:
+        courses = {name: looks(row, cfg.seeds) for name, row in rows.items() if claim == "C8"}
+        draw(Path(cfg.out, f"{name}.png"), groups, courses)
+
+
+if __name__ == "__main__":
+    run_main(main)

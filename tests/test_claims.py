@@ -1,0 +1,205 @@
+"""The claims: statistics against scipy, equal budgets, what rows change; a whole one, stopped."""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
+
+import claims  # noqa: E402
+import rl  # noqa: E402
+import variants  # noqa: E402
+from sample import draw, replay, rollout  # noqa: E402
+from sft import add_noise  # noqa: E402
+from utils import UserError  # noqa: E402
+
+ALL = [f"C{n}" for n in range(1, 9)]
+
+
+def test_paired_statistics_are_scipys(gen):
+    before, after = torch.randn(2, 5, 7, generator=gen, dtype=torch.float64)
+    mean, wide, seeds, p = claims.paired(after - before)
+    test = stats.ttest_rel(after.mean(0), before.mean(0))
+    low, high = test.confidence_interval(0.95)
+    assert (mean, wide, p) == pytest.approx(((low + high) / 2, (high - low) / 2, test.pvalue))
+    low, high = stats.ttest_rel(after.mean(1), before.mean(1)).confidence_interval(0.95)
+    assert seeds == pytest.approx((high - low) / 2)
+    mean, wide, seeds, p = claims.paired(torch.tensor([[1.0], [3.0]]))  # a score of the set
+    assert mean == 2 and math.isnan(wide) and math.isnan(p) and seeds == pytest.approx(12.706, 1e-3)
+
+
+def test_crops_of_a_photograph_are_averaged_first():
+    names = ["a@0,0", "b@0,0", "a@0,64", "a@64,0"]
+    values = torch.tensor([[1.0, 10, 2, 6], [0.0, 20, math.nan, 4]])
+    assert claims.by_photograph(values, names).tolist() == [[3, 10], [2, 20]]
+    assert claims.by_photograph(values[:, :1], names).tolist() == [[1], [0]]
+    assert claims.cell(0.0123, 0.004, 0.001, 0.03) == "+0.0123 ± 0.0040 ± 0.0010, p 0.03"
+    assert claims.cell(-1.5, math.nan, 0.25) == "-1.50 ± - ± 0.25"
+
+
+def test_a_table_has_differences_of_rows_and_the_gain_beside_the_front():
+    def row(psnr_y, lpips):
+        return {"psnr_y": torch.tensor(psnr_y), claims.LPIPS: torch.tensor(lpips)}
+    names = ["a@0,0", "b@0,0"]
+    base = {"sft": row([26.0, 28.0], [0.2, 0.2]), "sft, 9 steps": row([25.9, 27.9], [0.19, 0.19])}
+    models = {"x": row([[25.9, 27.9]] * 2, [[0.17, 0.17]] * 2),
+              "y": row([[26.0, 28.0]] * 2, [[0.18, 0.20]] * 2)}
+    change, sft, points = claims.changes_of(base, names, models)
+    assert sft["psnr_y"] == 27 and points[1] == pytest.approx((-0.1, -0.01), rel=1e-3)
+    lines = claims.table_rows(change, sft, points, {"x": 1.0, "y": 2.0})
+    assert list(lines) == ["SFT", "x", "y", "x minus y"]
+    assert lines["x"]["x front"] == "3.0" and lines["y"]["x front"] == "front: none"
+    assert lines["x minus y"][claims.LPIPS].startswith("-0.0200 ± 0.1271 ± 0.0000, p 0.3")
+
+
+@pytest.mark.parametrize("claim", ALL)
+def test_budgets_are_equal_but_where_the_claim_is_about_them(claim):
+    cfg = claims.Config(rewards=["judge", "judge:old"], models=["", "other"])
+    rows = claims.plan(claim, cfg)
+    spent = {name: claims.budget(row.cfg) for name, row in rows.items()}
+    assert len({spent[name] for name, row in rows.items() if not row.apart}) == 1
+    assert {name for name, row in rows.items() if row.apart} == {x for x in rows if "*" in x}
+    assert len({row.folder for row in rows.values()}) == len(rows)  # no two share a run
+    assert all(row.method in variants.METHODS and row.cfg.reward != "judge2"
+               for row in rows.values())
+    if claim != "C7":
+        assert not any(row.apart for row in rows.values())
+
+
+def test_unequal_budgets_and_unknown_rows_are_refused(monkeypatch):
+    with pytest.raises(UserError, match="budgets differ"):
+        claims.plan("C7", claims.Config(inputs=100))
+    with pytest.raises(UserError, match="adaptive; RL only"):
+        claims.plan("C3", claims.Config(only=["nope"]))
+    for words in ([], ["C9"], ["C1", "C2"], ["C1", "--seeds", "x"], ["C1", "--seeds"]):
+        monkeypatch.setattr(sys, "argv", ["claims.py", *words])
+        with pytest.raises(UserError, match="give one claim"):
+            claims.main()
+    with pytest.raises(UserError, match="no rows"):
+        claims.plan("C5", claims.Config(models=[]))
+
+
+def test_half_of_the_inputs_have_rl():
+    distance = torch.tensor([0.1, 0.4, 0.2, 0.3, math.nan])
+    hard, easy = (variants.half(x)("baseline", distance, None, distance) for x in (True, False))
+    assert hard.tolist() == [0, 1, 0, 1, 0] and easy.tolist() == [1, 0, 1, 0, 0]
+
+
+@pytest.fixture
+def batch(tiny_restorer, gen):
+    restorer, lq = tiny_restorer(), torch.rand(3, 3, 16, 16, generator=gen) * 2 - 1
+    reference = restorer.frozen_copy()
+    with torch.no_grad():
+        path = rollout(restorer, *draw(restorer, lq, 5, gen), 0.5)
+        restorer.weights()[0].mul_(1.1)
+    t, eps = rl.draw_noise(restorer, lq, gen)
+    return restorer, reference, rl.Config(eta=0.5, sft_coef=0.3, kl_coef=0.2), {
+        "path": path, "weight": torch.tensor([0.0, 0.3, 0.8]), "t": t, "eps": eps,
+        "z0": restorer.encode(lq.flip(3), lq), "advantage": torch.randn(3, 5, generator=gen)}
+
+
+def test_the_likelihood_of_hq_is_the_divergence_of_two_gaussians(batch):
+    restorer, reference, cfg, parts = batch
+    path, k = parts["path"], 2
+    loss, info = variants.likelihood(restorer, reference, cfg, parts, k)
+    a, b = path.alpha_bar[k]
+    z_t = add_noise(parts["z0"], parts["eps"], a.expand(3))
+    sigma = path.sigma_t[k]
+    mean = b.sqrt() * parts["z0"] + (1 - b - sigma ** 2).sqrt() * parts["eps"]
+    z = path.z.clone()
+    z[k] = z_t
+    own = replay(restorer, path._replace(z=z), k, cfg.eta)
+    gap = torch.distributions.kl_divergence(torch.distributions.Normal(mean, sigma),
+                                            torch.distributions.Normal(own.mean, sigma))
+    expected = (1 - parts["weight"]) * 0.3 * gap.flatten(1).mean(1)
+    torch.testing.assert_close(info["terms"]["sft"], expected.mean())
+    plain, before = rl.step_loss(restorer, reference, cfg, parts, k)
+    torch.testing.assert_close(loss, plain - before["terms"]["sft"] + expected.mean())
+
+
+def test_a_step_counts_by_its_noise_and_the_noisiest_train(batch):
+    *rest, parts = batch
+    sigma, k = parts["path"].sigma_t, 1
+    _, info = variants.by_sigma(*rest, parts, k)
+    more = parts | {"advantage": parts["advantage"] * sigma[k] / sigma[:4].mean()}
+    torch.testing.assert_close(info["terms"]["rl"], rl.step_loss(*rest, more, k)[1]["terms"]["rl"])
+    found, rewards = variants.noisiest(2, lambda *args: ([parts], "rewards"))()
+    assert found[0]["path"].stochastic == [0, 1] and parts["path"].stochastic == [0, 1, 2, 3]
+    assert rewards == "rewards" and found[0]["path"].z is parts["path"].z
+
+
+@pytest.fixture
+def call(tmp_path, tiny_restorer, photo_folder, monkeypatch):
+    """Calls claims.py on a tiny restorer with toy metrics -> its settings of runs that trained."""
+    tiny_restorer().save(tmp_path / "start")
+    seen, plain = [], rl.train
+
+    def toy(images, refs=None):
+        seen.append(len(images))
+        return images.mean((1, 2, 3))
+
+    def train(cfg, step_loss):
+        trained.append(cfg)
+        seen.clear()
+        plain(cfg, step_loss)
+        if not cfg.resume:  # of at most 64 validation crops, this photograph has 8
+            looks = 1 + math.ceil(cfg.iterations / rl.LOOK_EVERY)
+            assert sum(seen) == claims.budget(cfg)[1] - (64 - 8) * looks
+    trained = []
+    monkeypatch.setattr(rl, "load_reward", lambda name, device: toy)
+    monkeypatch.setattr(rl, "train", train)
+    for module in (claims, variants):
+        monkeypatch.setattr(module, "load_metrics", lambda names, device: dict.fromkeys(
+            (claims.LPIPS, "judge2"), lambda x, y: (x - y).abs().mean((1, 2, 3))))
+
+    def call(*words):
+        trained.clear()
+        fixed = "--tiny", "--model", tmp_path / "start", "--data", photo_folder, "--max-drop", 99
+        monkeypatch.setattr(sys, "argv", [str(x) for x in (
+            "claims.py", *words, *fixed, "--seeds", 170, 171, "--out", tmp_path / "out")])
+        claims.main()
+        return list(trained)
+    return call
+
+
+def test_a_whole_claim_is_run_once_resumed_and_refused_if_changed(call, capsys, tmp_path):
+    out, only = tmp_path / "out", ("--only", "adaptive", "half")
+    assert len(call("C3", *only)) == 4
+    text = capsys.readouterr().out
+    assert text.startswith("C3: 4 of 4 runs to do, 16 updates, 672 reward calls, about 0 minutes")
+    assert "C3: 3 of 4 runs to do" in text and "(measured)" in text
+    table = (out / "C3-test.md").read_text(encoding="utf-8")
+    assert table in text and "| adaptive minus half | " in table and (out / "C3-test.png").exists()
+    assert call("C3", *only) == []  # the second call trains nothing
+    assert (out / "C3-test.md").read_text(encoding="utf-8") == table
+    weights = (out / "default/170/model/unet/diffusion_pytorch_model.safetensors").read_bytes()
+    shutil.rmtree(out / "default/170/model")  # as a run stopped behind its last checkpoint
+    (cfg,) = call("C3", *only)
+    assert cfg.resume and cfg.out == str(out / "default/170")
+    again = (out / "default/170/model/unet/diffusion_pytorch_model.safetensors").read_bytes()
+    assert again == weights
+    with pytest.raises(UserError, match="its runs have lr 0.0006, not 0.1$"):
+        call("C3", *only, "--lr", 0.1)
+    saved = json.loads((out / "settings.json").read_text(encoding="utf-8"))
+    (out / "settings.json").write_text(json.dumps(saved | {"weights/": "of another day"}))
+    with pytest.raises(UserError, match="weights/ of another day"):
+        call("C3", *only)
+
+
+def test_the_hacking_curve_has_outside_metrics_at_each_look(call, tmp_path):
+    assert len(call("C8", "--rewards", "toy", "--only", "toy, with SFT")) == 2
+    (folder,) = (tmp_path / "out").glob("curve*/170")
+    assert all("val_judge2" in row for row in claims.log(folder) if "val_reward" in row)
+    row = claims.Row(None, "curve", folder.parent, False)
+    course = claims.looks(row, ["170", "171"])
+    steps = [[x["val_judge2"] for x in claims.log(folder.parent / seed) if "val_reward" in x]
+             for seed in ("170", "171")]
+    expected = [(a - steps[0][0] + b - steps[1][0]) / 2 for a, b in zip(*steps)]
+    assert course["val_judge2"] == pytest.approx(expected) and course["val_reward"][0] == 0
+    assert (tmp_path / "out/C8-test.png").exists()

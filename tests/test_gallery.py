@@ -1,0 +1,129 @@
+"""The page of results/gallery.py: its images, its order, nothing from outside; in a browser."""
+
+import base64
+import io
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
+
+import gallery  # noqa: E402
+import rl  # noqa: E402
+from utils import UserError  # noqa: E402
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "firefox"))), None)
+COLORS = {"lq": (255, 0, 0), "SFT": (0, 255, 0), "RL": (0, 0, 255), "hq": (255, 255, 0)}
+
+
+class Page(HTMLParser):
+    """Every tag of a page with its attributes, and its text between tags."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_a_page_of_a_run_is_whole_and_has_the_worst_first(tmp_path, photo_folder, tiny_restorer,
+                                                         monkeypatch, capsys):
+    run = tmp_path / "run"
+    tiny_restorer().save(tmp_path / "start")
+    other = tiny_restorer()
+    with torch.no_grad():
+        other.weights()[0].mul_(1.5)
+    other.save(run / "model")
+    cfg = rl.Config(model=str(tmp_path / "start"), data=str(photo_folder), steps=4, eta=0.5)
+    (run / "config.json").write_text(json.dumps(asdict(cfg)), encoding="utf-8")
+    monkeypatch.setattr(gallery, "load_metrics", lambda names, device: {
+        "pyiqa:lpips ↓": lambda x, y: (x - y).abs().mean((1, 2, 3))})
+    words = ["gallery.py", run, "--side", 40, "--out", tmp_path / "page.html"]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    gallery.main()
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 4 * 4 and "4 squares" in capsys.readouterr().out
+    pixels = []
+    for image in images:
+        kind, _, data = image["src"].partition(",")
+        assert kind == "data:image/png;base64" and image["alt"].startswith(image["data-kind"])
+        with Image.open(io.BytesIO(base64.b64decode(data))) as file:
+            assert file.size == (40, 40)
+            pixels.append(np.asarray(file).astype(float))
+
+    def harm(square):
+        sft, new, hq = (pixels[4 * square + gallery.KINDS.index(x)] for x in ("SFT", "RL", "hq"))
+        return abs(new - hq).mean() - abs(sft - hq).mean()
+    harms = [harm(i) for i in range(4)]
+    assert harms == sorted(harms, reverse=True) and len(set(harms)) == 4
+    assert f"Worst first: {sum(x > 0 for x in harms)} of 4 squares" in "".join(page.text)
+    for tag, attributes in page.tags:  # nothing is fetched
+        assert not {"href", "srcset", "action"} & set(attributes) and tag not in ("link", "iframe")
+        assert attributes.get("src", "data:").startswith("data:")
+    assert "url(" not in gallery.STYLE and "@import" not in gallery.STYLE
+    assert "fetch" not in gallery.SCRIPT and "http" not in gallery.SCRIPT
+    ranges = [attributes for tag, attributes in page.tags if tag == "input"]
+    assert len(ranges) == 4 and all(x["type"] == "range" and x["aria-label"] for x in ranges)
+    with pytest.raises(UserError, match="is there already"):
+        gallery.main()
+    monkeypatch.setattr(sys, "argv", ["gallery.py", str(tmp_path), "--out", str(tmp_path / "x")])
+    with pytest.raises(UserError, match="no finished run"):
+        gallery.main()
+
+
+def test_without_lpips_the_first_metric_decides():
+    scores = {"SFT": {"judge": torch.tensor([0.5])}, "RL": {"judge": torch.tensor([0.3])}}
+    assert gallery.harm({"scores": scores}) == pytest.approx(0.2)
+
+
+def flat_case():
+    """A case whose images are each of one color."""
+    images = {kind: torch.tensor(color).view(3, 1, 1).expand(3, 64, 64) / 127.5 - 1
+              for kind, color in COLORS.items()}
+    scores = {kind: {"psnr": torch.tensor([20.0])} for kind in COLORS}
+    return {"name": "<a> & b", "images": images, "scores": scores}
+
+
+def seen(folder, actions):
+    """{kind: share of the slider's picture} in a screenshot after JavaScript `actions`."""
+    page, shot = folder / "page.html", folder / "shot.png"
+    page.write_text(gallery.page([flat_case()]) + f"<script>{actions}</script>", encoding="utf-8")
+    size = ["--window-size=900,900"] if "firefox" not in BROWSER else ["--window-size", "900,900"]
+    more = [f"--screenshot={shot}", "--no-sandbox", "--disable-gpu",
+            f"--user-data-dir={folder / 'profile'}"] if "firefox" not in BROWSER else [
+            "--profile", str(folder), "--screenshot", str(shot)]
+    subprocess.run([BROWSER, "--headless", *more, *size, page.as_uri()], capture_output=True,
+                   timeout=120)
+    if not shot.exists():
+        pytest.skip(f"{BROWSER} takes no screenshot here")
+    with Image.open(shot) as file:
+        pixels = np.asarray(file.convert("RGB")).astype(int)
+    counts = {kind: (abs(pixels - color).max(2) < 40).sum() for kind, color in COLORS.items()}
+    return {kind: count / max(sum(counts.values()), 1) for kind, count in counts.items()}
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium, google-chrome or firefox on PATH")
+def test_in_a_browser_the_slider_and_the_choices_show_what_they_say(tmp_path):
+    half = {"lq": 0, "SFT": 0.5, "RL": 0.5, "hq": 0}
+    assert seen(tmp_path, "") == pytest.approx(half, abs=0.02)
+    moved = seen(tmp_path, """
+        const range = document.querySelector("input");
+        const right = document.querySelectorAll("select")[1];
+        range.value = 25; right.value = "hq";
+        for (const x of [range, right]) x.dispatchEvent(new Event("input", {bubbles: true}));""")
+    assert moved == pytest.approx({"lq": 0, "SFT": 0.25, "RL": 0, "hq": 0.75}, abs=0.02)
