@@ -28,7 +28,7 @@ Chosen here:
     process takes its part: several processes give the weights of one to rounding, a resumed run
     gives those of an unstopped one.
 
-    python rl.py --task sr                                                     # laptop, 3.5 minutes
+    python rl.py --task sr                                                     # laptop, 4 minutes
     accelerate launch rl.py --task sr --model ldm-sr --reward qrealign-mini --data DIR --size 256 \\
         --steps 20 --micro-batch 8                                             # GPUs
 """
