@@ -194,6 +194,16 @@ def recolor(images, gen):
     return torch.lerp(x.mean(1, keepdim=True), x, (1.4 * color).clamp(0.2, 1)).clamp(-1, 1)
 
 
+def filmed(image, gen):
+    """(3, S, S) as softer lenses and grainier films show it: enlarged by up to 1.5, with grain of
+    standard deviation up to 4 of 255, a quarter of it color."""
+    enlarge, strength = torch.rand(2, generator=gen).tolist()
+    side = round(image.shape[-1] / (1 + enlarge / 2))
+    grain = [torch.randn(count, side, side, generator=gen) for count in (1, 3)]
+    x = image[:, :side, :side] + strength ** 2 * 4 / 127.5 * (grain[0] + grain[1] / 4)
+    return resize(x[None], list(image.shape[-2:]))[0].clamp(-1, 1)
+
+
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 PATCH = {"patch_size": 4, "temporal_patch_size": 1}  # 48 numbers: none is lost in 64 dimensions
 MERGE = 4  # 4 x 4 patches are one token of the language model
@@ -271,7 +281,7 @@ def whiten_patches(judge, images):
 
 def crops(data, part, task, count, seed):
     """(lq, hq) of a task, (count, 3, SIDE, SIDE). part 0 or 1: random crops with fine detail of one
-    half of the training photographs, half of them in other colors; val or test: held-out ones."""
+    half of the training photographs, most filmed, half in other colors; val, test: held-out ones."""
     cfg, degrade = SimpleNamespace(data=data, lq="", hq=""), get_task(task)
     if part in ("val", "test"):
         return held_out(open_split(cfg, part), degrade, SIDE, count)[:2]
@@ -281,6 +291,7 @@ def crops(data, part, task, count, seed):
     source = Source([(name, *files[name]) for name in names[part::2]])
     hq, gen = pool(source, get_task("sr"), SIDE, seed, 3 * count)[1], generator(seed, 13)
     hq = torch.stack([x for x in hq if fine_detail(to_uint8(x)) >= 0.03][:count])
+    hq = torch.stack([filmed(x, gen) if i % 3 else x for i, x in enumerate(hq)])
     hq[::2] = recolor(hq[::2], gen)
     return degrade(hq, gen)[0], hq
 
