@@ -214,31 +214,37 @@ def cell(mean, over_photographs, over_seeds, p=math.nan):
 
 
 def changes_of(rows, names, models):
-    """-> ({row: {metric: (S, photographs)}} minus SFT, {metric: mean of SFT}, points of the front:
-    (change of PSNR-Y, change of LPIPS), the first is (0, 0))."""
+    """-> ({row: {metric: (S, photographs)}} minus SFT, {metric: mean of SFT}, its own front:
+    {"SFT, steps, eta": {metric: mean minus SFT}})."""
     def means(scores):
         return {key: by_photograph(torch.atleast_2d(x), names) for key, x in scores.items()}
     sft = means(rows["sft"])
     change = {name: {key: x - sft[key] for key, x in means(scores).items()}
               for name, scores in models.items()}
-    points = [(0.0, 0.0)]
-    for name in rows:
-        if name.startswith("sft, ") and LPIPS in sft:
-            other = means(rows[name])
-            points.append(tuple((other[k] - sft[k]).mean().item() for k in ("psnr_y", LPIPS)))
-    return change, {key: x.mean().item() for key, x in sft.items()}, points
+    front = {name.replace("sft", "SFT"): {key: (x - sft[key]).mean().item()
+                                          for key, x in means(rows[name]).items()}
+             for name in rows if name.startswith("sft, ")}
+    return change, {key: x.mean().item() for key, x in sft.items()}, front
 
 
-def table_rows(change, sft, points, minutes):
-    """{first cell: {column: text}}: SFT, each row minus it, the first row minus each other."""
+def lost_and_gained(front):
+    """[(loss of PSNR-Y, gain of LPIPS)] of a front, with (0, 0) first."""
+    return [(0.0, 0.0), *((-row["psnr_y"], -row[LPIPS]) for row in front.values() if LPIPS in row)]
+
+
+def table_rows(change, sft, front, minutes):
+    """{first cell: {column: text}}: SFT, each row minus it, the settings of the front that are
+    nearest to them in PSNR-Y, the first row minus each other."""
     lines = {"SFT": {key: f"{x:.2f}" if x >= 5 else f"{x:.4f}" for key, x in sft.items()}}
     for name, row in change.items():
         lines[name] = {key: cell(*paired(x)[:3]) for key, x in row.items()}
         lines[name]["minutes"] = f"{minutes[name]:.1f}"
         if LPIPS in row:
             gain, drop = (-row[key].mean().item() for key in (LPIPS, "psnr_y"))
-            own = gain_on_front([(-x, -y) for x, y in points], drop)
+            own = gain_on_front(lost_and_gained(front), drop)
             lines[name]["x front"] = f"{gain / own:.1f}" if own > 5e-4 else "front: none"
+            near = min(front, key=lambda setting: abs(front[setting]["psnr_y"] + drop))
+            lines[near] = {key: cell(x, math.nan, math.nan) for key, x in front[near].items()}
     first, *others = change
     for name in others:
         gap = {key: change[first][key] - x for key, x in change[name].items()}
@@ -254,16 +260,17 @@ def looks(row, seeds):
 
 
 def draw(path, groups, courses):
-    """groups: [(label, change, points)] of the plane; courses: {row: looks}, for C8 only."""
+    """groups: [(label, change, front)] of the plane; courses: {row: looks}, for C8 only."""
     from matplotlib.figure import Figure
     columns = [key for key in OUTSIDE if courses and all(key in x for x in courses.values())]
     figure = Figure((7 + 3.2 * len(columns), 5), dpi=100, layout="constrained")
     plane, *axes = figure.subplots(1, 1 + len(columns), squeeze=False)[0]
-    for label, change, points in groups:
-        drops = torch.linspace(0, -min(x for x, _ in points), 60).tolist()
-        front = [-gain_on_front([(-x, -y) for x, y in points], drop) for drop in drops]
-        plane.plot([-x for x in drops], front, "--", color="grey", label=f"front of SFT{label}")
-        plane.plot(*zip(*points), ".", color="grey")
+    for label, change, front in groups:
+        points = lost_and_gained(front)
+        drops = torch.linspace(0, max(x for x, _ in points), 60)
+        gains = torch.tensor([gain_on_front(points, drop) for drop in drops.tolist()])
+        plane.plot(-drops, -gains, "--", color="grey", label=f"front of SFT{label}")
+        plane.plot(*zip(*[(-x, -y) for x, y in points]), ".", color="grey")
         lines = {}
         for name, row in change.items():
             (x, _, wide, _), (y, _, high, _) = (paired(row[key]) for key in ("psnr_y", LPIPS))
@@ -313,10 +320,11 @@ def main():
                                      for seed in cfg.seeds) for name, row in rows.items()}
     for key, (base, names, models) in found.items():
         label = f" {' '.join(key)}" if len(found) > 1 else ""
-        change, sft, points = changes_of(base, names, models)
-        part = table_rows(change, sft, points, minutes)
-        lines |= {name + label * (name == "SFT"): x for name, x in part.items()}
-        groups.append((label, change, points))
+        change, sft, front = changes_of(base, names, models)
+        part = table_rows(change, sft, front, minutes)
+        lines |= {name.replace("SFT", f"SFT{label}") if name in ("SFT", *front) else name: x
+                  for name, x in part.items()}
+        groups.append((label, change, front))
     text, name = markdown(claim, [*sft, "x front", "minutes"], lines), f"{claim}-{cfg.split}"
     with atomic(Path(cfg.out, f"{name}.md")) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")

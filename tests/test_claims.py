@@ -47,13 +47,17 @@ def test_a_table_has_differences_of_rows_and_the_gain_beside_the_front():
     def row(psnr_y, lpips):
         return {"psnr_y": torch.tensor(psnr_y), claims.LPIPS: torch.tensor(lpips)}
     names = ["a@0,0", "b@0,0"]
-    base = {"sft": row([26.0, 28.0], [0.2, 0.2]), "sft, 9 steps": row([25.9, 27.9], [0.19, 0.19])}
+    base = {"lq": row([20.0, 20.0], [0.5, 0.5]), "sft": row([26.0, 28.0], [0.2, 0.2]),
+            "sft, 9 steps": row([25.9, 27.9], [0.19, 0.19]),
+            "sft, 16 steps": row([25.0, 27.0], [0.16, 0.16])}
     models = {"x": row([[25.9, 27.9]] * 2, [[0.17, 0.17]] * 2),
               "y": row([[26.0, 28.0]] * 2, [[0.18, 0.20]] * 2)}
-    change, sft, points = claims.changes_of(base, names, models)
-    assert sft["psnr_y"] == 27 and points[1] == pytest.approx((-0.1, -0.01), rel=1e-3)
-    lines = claims.table_rows(change, sft, points, {"x": 1.0, "y": 2.0})
-    assert list(lines) == ["SFT", "x", "y", "x minus y"]
+    change, sft, front = claims.changes_of(base, names, models)
+    assert sft["psnr_y"] == 27 and list(front) == ["SFT, 9 steps", "SFT, 16 steps"]
+    assert claims.lost_and_gained(front)[1] == pytest.approx((0.1, 0.01), rel=1e-3)
+    lines = claims.table_rows(change, sft, front, {"x": 1.0, "y": 2.0})
+    assert list(lines) == ["SFT", "x", "SFT, 9 steps", "y", "x minus y"]
+    assert lines["SFT, 9 steps"][claims.LPIPS] == "-0.0100 ± - ± -"
     assert lines["x"]["x front"] == "3.0" and lines["y"]["x front"] == "front: none"
     assert lines["x minus y"][claims.LPIPS].startswith("-0.0200 ± 0.1271 ± 0.0000, p 0.3")
 

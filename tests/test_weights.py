@@ -1,4 +1,4 @@
-"""The ladder from which the judges learn, the list of photographs, the table of all tasks."""
+"""The ladder from which the judges learn, the list of photographs."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,6 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "weights"), str(ROOT / "results")]
 
 import photographs  # noqa: E402
-import tasks  # noqa: E402
 import train_judge  # noqa: E402
 from data import degrade_sr  # noqa: E402
 from reward import luma, psnr  # noqa: E402
@@ -66,18 +65,6 @@ def test_the_photographs_for_validation_are_in_the_list():
     names = [photographs.name_of(package, entry.rsplit("/", 1)[0])
              for package, (_, _, files) in photographs.PACKAGES.items() for entry in files.split()]
     assert len(set(names)) == len(names) and set(photographs.VAL) <= set(names)
-
-
-def test_a_task_has_the_front_at_the_drop_of_rl():
-    def row(psnr_y, lpips):
-        return {"psnr_y": torch.tensor([psnr_y]), tasks.LPIPS: torch.tensor([lpips])}
-    rows = {"lq": row(20.0, 0.5), "sft": row(26.0, 0.20),
-            "7": row(25.9, 0.18), "8": row(25.9, 0.16),
-            "sft, 6 steps, eta 1.0": row(25.9, 0.19), "sft, 8 steps, eta 1.0": row(25.0, 0.17)}
-    lines = tasks.table_rows("sr", rows, ["7", "8"])
-    assert list(lines) == ["sr, SFT", "sr, 6 steps, eta 1.0", "sr, RL"]
-    assert lines["sr, RL"][tasks.LPIPS] == "-0.0300 ± 0.0100"
-    assert lines["sr, RL"]["x front"] == "3.0"
 
 
 @pytest.mark.parametrize("name", train_judge.BUILD)

@@ -281,7 +281,7 @@ def whiten_patches(judge, images):
 
 def crops(data, part, task, count, seed):
     """(lq, hq) of a task, (count, 3, SIDE, SIDE). part 0 or 1: random crops with fine detail of one
-    half of the training photographs, most filmed, half in other colors; val, test: held-out ones."""
+    half of the training photographs, most filmed, half recolored; val, test: held-out ones."""
     cfg, degrade = SimpleNamespace(data=data, lq="", hq=""), get_task(task)
     if part in ("val", "test"):
         return held_out(open_split(cfg, part), degrade, SIDE, count)[:2]
