@@ -61,6 +61,17 @@ def test_a_ladder_begins_with_hq_and_lq_and_is_of_8_bits(hq, gen, tiny_restorer)
     assert torch.allclose(levels, levels.round(), atol=1e-3)
 
 
+def test_faint_noise_is_below_what_is_seen_and_film_stays_an_image(hq, gen):
+    images = torch.full((64, 3, 64, 64), 100, dtype=torch.uint8)
+    change = train_judge.faint(images, gen).float() - 100
+    strength = change.std((1, 2, 3))
+    assert change.mean().abs() < 0.05 and strength.max() < 3.5 and strength.max() > 1
+    assert strength.min() < 0.5 and (change - change[:, :1]).abs().max() >= 1  # in color, too
+    filmed = [train_judge.filmed(hq, gen) for _ in range(4)]
+    assert all(x.shape == hq.shape and x.abs().max() <= 1 for x in filmed)
+    assert len({x.mean().item() for x in filmed}) == 4
+
+
 def test_the_photographs_for_validation_are_in_the_list():
     names = [photographs.name_of(package, entry.rsplit("/", 1)[0])
              for package, (_, _, files) in photographs.PACKAGES.items() for entry in files.split()]

@@ -13,7 +13,9 @@ Chosen here
  1. judge learns LPIPS (alex) and DISTS, on every second training photograph; judge2, of another
     class, FSIM on the others. LPIPS (vgg), NIQE, BRISQUE, GMSD and VIF are left for the check.
  2. The patch embedding starts as a PCA whitening of patches: quality is in high frequencies.
- 3. Hardening: a judge learns on, with the output of restorers that RL drove against it (--hacked).
+ 3. Photographs differ in softness and grain (filmed), and every image that is learned from has a
+    little noise (faint): without, one level of color noise took 0.1 off the score of any hq.
+ 4. Hardening: a judge learns on, with the output of restorers that RL drove against it (--hacked).
 
     python weights/photographs.py --out photos                              # what --data holds
     python weights/train_judge.py --name judge --data photos                # laptop, an hour
@@ -267,13 +269,15 @@ def build_judge(recipe):
 
 @torch.no_grad()
 def whiten_patches(judge, images):
-    """Sets the patch embedding to the PCA whitening of the patches of uint8 (B, 3, H, W)."""
+    """Sets the patch embedding to the PCA whitening of the patches of uint8 (B, 3, H, W).
+
+    What varies by less than 4 of 255 is not enlarged: a judge would see what nobody sees."""
     projection = judge.model.model.visual.patch_embed.proj
     patches = judge.inputs(images)["pixel_values"].double()  # (patches, 3 * 4 * 4)
     mean = patches.mean(0)
     covariance = (patches - mean).T @ (patches - mean) / len(patches)
     variance, directions = torch.linalg.eigh(covariance)
-    rows = (directions / (variance + 1e-4).sqrt()).flip(1).T[:len(projection.weight)]
+    rows = (directions / (variance + 1e-3).sqrt()).flip(1).T[:len(projection.weight)]
     projection.weight[:len(rows)] = rows.view(-1, *projection.weight.shape[1:]).float()
     if projection.bias is not None:
         projection.bias[:len(rows)] = -(rows @ mean).float()
@@ -301,6 +305,17 @@ def turned(images, view, gen):
     top, left = torch.randint(SIDE - 63, (2,), generator=gen).tolist()
     x = images[:, :, top:top + 64, left:left + 64]
     return torch.rot90(x.flip(3) if view % 2 else x, view // 2, (2, 3))
+
+
+def faint(images, gen):
+    """uint8 (B, 3, S, S) with noise that nobody sees, up to 2 levels, grey and color, of 1 and 2
+    pixels: else a judge learns traces of a level that tell a rung, and not how it looks."""
+    noise, every = 0, torch.rand(len(images), 1, 1, 1, generator=gen)
+    for side, channels in ((1, 1), (1, 3), (2, 1), (2, 3)):
+        shape = len(images), channels, *(length // side for length in images.shape[2:])
+        fine = torch.randn(shape, generator=gen) * torch.rand(shape[0], 1, 1, 1, generator=gen)
+        noise = noise + 1.5 * every * fine.repeat_interleave(side, 2).repeat_interleave(side, 3)
+    return (images + noise).round().clamp(0, 255).to(torch.uint8)
 
 
 def build_ladder(cfg, recipe):
@@ -362,7 +377,7 @@ def train(cfg):
         pick = torch.randint(len(target), (48,), generator=gen)
         images = [turned(part, view, gen)
                   for view, part in enumerate(rungs["images"][pick].split(6))]
-        logits = model(**judge.inputs(torch.cat(images))).logits[:, -1]
+        logits = model(**judge.inputs(faint(torch.cat(images), gen))).logits[:, -1]
         log_p = logits.log_softmax(-1)[:, judge.ids]  # over the whole vocabulary
         loss = -(soft_label(target[pick], judge.values) * log_p).sum(1).mean()
         model.zero_grad()
