@@ -82,7 +82,7 @@ def test_the_readme_names_what_there_is():
     for name, attribute in re.findall(rf"`({scripts})\.(?!py`)(\w+)`", README):
         assert hasattr(importlib.import_module(name), attribute), f"{name}.{attribute}"
     columns = set()
-    for name in ("sr-151-metrics.csv", "default-scores.csv"):
+    for name in ("sr-154-metrics.csv", "sr-154-scores.csv"):
         with open(ROOT / "results" / name, encoding="utf-8") as file:
             columns |= set(next(csv.reader(file)))
     rows = re.findall(r"(?m)^\| `.*", README.partition("## When a run goes wrong")[2])
