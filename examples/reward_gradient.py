@@ -4,8 +4,9 @@
 as DRaFT does (Clark et al. 2024, arXiv 2309.17400). It has no noise of the policy gradient, so it
 reaches far higher scores of the judge in the same time, and finds what fools it just as fast.
 First edition, with a judge that had not seen such output: 84 % of the judge's gap to the ground
-truth and 56 % of judge2's, LPIPS 0.018 worse, BRISQUE 5.2. With a judge of the present kind: all of
-the judge's gap, LPIPS 0.036 better at -0.56 dB, with 44 % more color step (results/README.md).
+truth and 56 % of judge2's, LPIPS 0.018 worse, BRISQUE 5.2. Now, with the present sr and weights/
+broad before hardening: all of its gap, LPIPS 0.036 better, at -0.56 dB and with 44 % more color
+step (results/README.md).
 
     python examples/reward_gradient.py --task sr --iterations 12 --lr 1e-4 --views 1 \\
         --out runs/fooled

@@ -64,7 +64,7 @@ def test_shipped_judges_keep_the_contract_and_have_a_gradient(name, pairs, tmp_p
     scores = judge(images)
     assert scores.shape == (12,) and 0 <= scores.min() and scores.max() <= 1
     assert not scores.requires_grad and not judge.model.training
-    assert scores[:6].mean() < scores[6:].mean() - 0.2
+    assert scores[:6].mean() < scores[6:].mean() - 0.1
     judge.batch = 5
     torch.testing.assert_close(judge(images), scores, rtol=0, atol=1e-5)
     write_image(tmp_path / "x.png", images[0])
@@ -74,7 +74,7 @@ def test_shipped_judges_keep_the_contract_and_have_a_gradient(name, pairs, tmp_p
     torch.testing.assert_close(judge(large), torch.stack([judge(tile) for tile in tiles]).mean(0))
     images = images[:2].requires_grad_()
     scores = views(judge.scores, 2)(images)
-    torch.testing.assert_close(scores.detach(), views(judge, 2)(images), atol=0.01, rtol=0)
+    torch.testing.assert_close(scores.detach(), views(judge, 2)(images), atol=0.03, rtol=0)
     gradient, = torch.autograd.grad(scores.sum(), images)
     step = 0.004 * gradient / gradient.norm()
     assert (views(judge.scores, 2)(images + step) > scores).all()
