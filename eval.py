@@ -25,7 +25,6 @@ Chosen here:
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -219,13 +218,14 @@ def write_scores(path, rows, names):
 def gain_on_front(points, psnr_drop):
     """The largest gain of the sampler's front at a drop of PSNR-Y, dB; 0 where nothing is lost.
 
-    points: (drop, gain) of other steps and eta, from which the front is taken, linear in between.
+    points: (drop, gain) of other steps and eta; two of them mixed, some images by one and some by
+    the other, give all that lies between.
     """
-    front = [(0.0, 0.0)]
-    for drop, gain in sorted(points):
-        if drop > 0 and gain > front[-1][1]:
-            front.append((drop, gain))
-    return float(np.interp(psnr_drop, *zip(*front)))
+    front = [(0.0, 0.0), *(point for point in points if point[0] > 0)]
+    gains = [gain for drop, gain in front if drop <= psnr_drop]
+    gains += [low + (high - low) * (psnr_drop - near) / (far - near)
+              for near, low in front for far, high in front if near <= psnr_drop < far]
+    return max(gains, default=0.0)
 
 
 def format_front(rows, base, others, names, key="pyiqa:lpips ↓"):

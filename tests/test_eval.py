@@ -96,6 +96,7 @@ def test_the_front_is_the_best_of_its_points_at_the_same_loss():
     assert gain_on_front(points, 0.15) == pytest.approx(0.012)
     assert gain_on_front(points, 0.4) == pytest.approx(0.014)
     assert gain_on_front(points, -0.05) == 0
+    assert gain_on_front([(0.2, 0.014), (0.1, 0.004)], 0.1) == pytest.approx(0.007)  # a mixture
 
 
 def test_the_region_shown_is_where_lq_differs_most_and_fooled_judges_are_named(tmp_path, gen,
