@@ -12,6 +12,7 @@ from unittest.mock import Mock
 import gpu
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tiny import TINY
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rl
 from reward import load as load_reward
 from sample import draw, rollout
-from utils import generator, load_checkpoint
+from utils import generator, load_checkpoint, pick_device
 
 ROOT = Path(rl.__file__).parent
+pick_device()  # as the scripts do: float32 is float32 on a card, too
 CARDS = torch.cuda.device_count()
 card = pytest.mark.skipif(not CARDS, reason="needs a card")
 LQ = torch.rand(2, 3, 32, 32, generator=generator(0)) * 2 - 1
@@ -180,7 +182,9 @@ def test_card_trains_as_the_cpu_and_resumes(dtype, tmp_path, photo_folder, tiny_
     others = [run("stopped", resume=True)]
     if dtype == "float32":
         monkeypatch.setattr(rl, "pick_device", lambda: "cpu")
+        AcceleratorState._reset_state(True)  # accelerate keeps the first device of a process
         others.append(run("cpu"))
+        AcceleratorState._reset_state(True)
     for other in others:
         for key, value in whole.items():
             torch.testing.assert_close(other[key], value, rtol=1e-3, atol=5e-4)
