@@ -95,7 +95,7 @@ def brightness(images, refs=None):
 
 
 @pytest.mark.parametrize("mode", ("final", "step"))
-def test_collect_in_parts_gives_the_samples_of_one_batch(mode, tiny_restorer, gen):
+def test_collect_in_parts_gives_the_samples_of_one_batch(mode, tiny_restorer, gen, monkeypatch):
     restorer, lq = tiny_restorer(), torch.rand(6, 3, 16, 16, generator=gen) * 2 - 1
 
     def judge(images, refs):
@@ -116,6 +116,10 @@ def test_collect_in_parts_gives_the_samples_of_one_batch(mode, tiny_restorer, ge
     torch.testing.assert_close(parts[1]["z0"], restorer.encode(lq.flip(3)[2:4], lq[2:4]))
     torch.testing.assert_close(parts[2]["path"].z[0], path.z[0, 4:])
     assert not torch.allclose(path.z[0, 0], path.z[0, 1])
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr(rl, "collect", importlib.import_module("judge_elsewhere").collect)
+    others, same = run(2)  # judged in a thread
+    assert torch.equal(same, rewards) and torch.equal(others[2]["path"].z, parts[2]["path"].z)
 
 
 def test_update_visits_each_step_once_with_the_noise_of_its_own_samples(tiny_restorer, gen):
