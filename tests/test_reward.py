@@ -69,6 +69,11 @@ def test_shipped_judges_keep_the_contract_and_have_a_gradient(name, pairs, tmp_p
     torch.testing.assert_close(judge(images), scores, rtol=0, atol=1e-5)
     write_image(tmp_path / "x.png", images[0])
     torch.testing.assert_close(judge(read_image(tmp_path / "x.png")[None]), judge(images[:1]))
+    pixels = to_uint8(images[:5])  # their tokens are known
+    assert pixels.shape in judge.tokens
+    expected = judge.processor(text=[judge.text] * 5, images=[[x] for x in pixels],
+                               return_tensors="pt")
+    assert all(x.equal(expected[key]) for key, x in judge.inputs(pixels).items())
     large = torch.rand(2, 3, 130, 200, generator=gen) * 2 - 1  # the mean over centred tiles
     tiles = [large[:, :, y:y + 64, x:x + 64] for y in (1, 65) for x in (4, 68, 132)]
     torch.testing.assert_close(judge(large), torch.stack([judge(tile) for tile in tiles]).mean(0))
@@ -119,8 +124,10 @@ def test_q_sit_scores_as_its_authors_do(tmp_path, gen):
         inputs = judge.processor(images=to_uint8(image), text=judge.text, return_tensors="pt")
         p = judge.model(**inputs).logits[0, -1, ids[:5]].softmax(0).detach()
         expected.append(p[0] + 0.75 * p[1] + 0.5 * p[2] + 0.25 * p[3])
-    torch.testing.assert_close(judge(images), torch.stack(expected), rtol=0, atol=1e-5)
-    assert judge(images).std() > 1e-6
+    expected = torch.stack(expected)
+    torch.testing.assert_close(judge(images), expected, rtol=0, atol=1e-5)
+    assert expected.std() > 1e-6 and judge.tokens  # which the next batch of this shape uses
+    torch.testing.assert_close(judge(images.flip(0)), expected.flip(0), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("form, rating, texts", (
