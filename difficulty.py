@@ -23,8 +23,8 @@ Chosen here because the paper's text is not public [R]:
  4. s is the interquartile range / 1.349, the standard deviation of a Gaussian that outliers
     leave alone.
  5. The distance is that of the input's memory, not of the sample itself. Within an input a sample's
-    own distance falls as its advantage rises: w A would push bad samples away more than it draws to
-    good ones, and its mean would not be zero. On validation photographs the two gain as much LPIPS
+    own distance falls as its advantage rises: bad samples would get the larger w, and the mean of
+    w A would not be zero. On validation photographs the two gain as much LPIPS
     per dB, but with the sample's own distance color noise grows (results/LOG.md).
 
 Needs torch only; the file works copied alone. The loop that uses it:

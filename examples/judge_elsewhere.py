@@ -4,7 +4,7 @@ Without it the cards that restore wait for the judge. Each process takes the fir
 process restores on, or --judge-device. The rewards are those of rl.collect, and so are the weights.
 No gain was measured: no machine with two cards was at hand.
 
-    python examples/judge_elsewhere.py --task sr                # two cards: 0 restores, 1 judges
+    python examples/judge_elsewhere.py --task sr                 # two cards: 0 restores, 1 judges
     accelerate launch --num_processes 4 examples/judge_elsewhere.py --model ldm-sr \\
         --reward qrealign-mini --data DIR --size 256 --micro-batch 8     # eight cards: 4 and 4
 """
