@@ -353,8 +353,6 @@ def main():
     cfg, folders = parse(Config, positional="folders of saved restorers")
     if not folders:
         raise UserError("no model: give one or more folders of restorers, as weights/sr")
-    if cfg.steps > 1000:
-        raise UserError(f"--steps {cfg.steps}: must be at most 1000")
     out = new_run(cfg.out) if cfg.out else None
     device = pick_device()
     restorers = {name: load(name, device=device, dtype=cfg.dtype) for name in folders}

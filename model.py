@@ -109,6 +109,8 @@ class Restorer:
 
     def settle(self, steps, eta):
         """(steps, eta) to sample with; steps 0 and eta -1 stand for those of its training."""
+        if steps > 1000:
+            raise UserError(f"--steps {steps}: must be at most 1000")
         return (steps or self.defaults["steps"], self.defaults["eta"] if eta < 0 else eta)
 
     def latent_shape(self, lq):

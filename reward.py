@@ -180,7 +180,7 @@ class MLLMJudge:
             text = [self.text] * len(images)
             both = self.processor(text=text, images=images, return_tensors="pt")
             tokens = {key: x for key, x in both.items() if key not in inputs}
-            if inputs.keys() <= both.keys() and all(x.equal(both[key]) for key, x in inputs.items()):
+            if all(key in both and x.equal(both[key]) for key, x in inputs.items()):
                 self.tokens[pixels.shape] = tokens
             inputs = both
         inputs.update(tokens)
