@@ -8,6 +8,8 @@
 Each row of a table (results/variants.py) is rl.py with a few settings changed, once for each seed,
 measured on the photographs of --split. Claims share their runs: OUT/SETTINGS/SEED is made once. A
 call that was stopped is given again: finished runs are kept, another goes on from its checkpoint.
+Several processes may work in one OUT, each with --seeds of its own (a thread each, or one card);
+the call with all seeds then makes the table.
 
 How to read a table
  1. "SFT": means. Other rows: minus SFT, or minus another row of the same seed, as mean ± over
