@@ -178,9 +178,10 @@ def race(cfg):
         first, *rows = csv.DictReader(file.read_text(encoding="utf-8").splitlines())
         for row in rows:
             spent += float(row["seconds"])
-            lpips, psnr_y = (float(row[key] or "nan") - float(first[key])
-                             for key in ("lpips", "val_psnr_y"))
-            print(f"{name}, {spent:.0f} s: LPIPS {lpips:+.4f}, PSNR-Y {psnr_y:+.2f} dB")
+            if row["lpips"]:
+                lpips, psnr_y = (float(row[key]) - float(first[key])
+                                 for key in ("lpips", "val_psnr_y"))
+                print(f"{name}, {spent:.0f} s: LPIPS {lpips:+.4f}, PSNR-Y {psnr_y:+.2f} dB")
 
 
 @dataclass
