@@ -173,8 +173,9 @@ class MLLMJudge:
 
     def inputs(self, pixels):
         """(B, 3, H, W) in [0, 255] -> the processor's tensors (it also resizes)."""
-        on_card = getattr(self.processor.image_processor, "backend", "") == "torchvision"
-        images = [[image] for image in (pixels if on_card else pixels.cpu())]  # nested: all take it
+        in_torch = getattr(self.processor.image_processor, "backend", "") == "torchvision"
+        pixels = pixels if in_torch else pixels.cpu()
+        images = [[image] for image in pixels]  # nested, a form that all processors take
         inputs = self.processor.image_processor(images=images, return_tensors="pt")
         tokens = self.tokens.get(pixels.shape)
         if tokens is None:  # four fifths of the time, the same for every batch of this shape

@@ -26,13 +26,14 @@ from types import SimpleNamespace
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "results")]
 
 import ddpo  # noqa: E402
 import elbo  # noqa: E402
+from variants import outside  # noqa: E402
 
 import rl  # noqa: E402
-from eval import evaluate, load_metrics, markdown  # noqa: E402
+from eval import load_metrics, markdown  # noqa: E402
 from sample import ddim_step, draw, rollout, time_grid  # noqa: E402
 from utils import generator, option, parse, pick_device, run_main, to_uint8  # noqa: E402
 
@@ -161,26 +162,23 @@ def turns(cfg):
 
 def race(cfg):
     """Trains with each loss; prints what each look at validation photographs showed, and when."""
-    metrics, plain, group = load_metrics(["pyiqa:lpips"], pick_device()), rl.validate, rl.advantages
+    memory = rl.advantages
     rl.LOOK_EVERY, rl.report = 2, lambda *args: None
-
-    def validate(average, val, judge, cfg):
-        scores, _ = evaluate(average, val, metrics, cfg.steps, cfg.eta)
-        return plain(average, val, judge, cfg) | {"lpips": scores["pyiqa:lpips ↓"].mean().item()}
-    rl.validate, rl.time = validate, SimpleNamespace(perf_counter=CLOCKS[cfg.clock])
+    rl.validate = outside(load_metrics(["pyiqa:lpips"], pick_device()))
+    rl.time = SimpleNamespace(perf_counter=CLOCKS[cfg.clock])
     for name, loss, changes in (
             ("rl.py", rl.step_loss, {}),
             ("ddpo", ddpo.step_loss, {"inputs": 32, "samples": 4, "cap": "none"}),
             ("elbo", elbo.step_loss, {"inputs": 16, "samples": 4, "lr": 1e-4, "sft_coef": 0.1})):
-        rl.advantages = ddpo.group_advantages(4) if name == "ddpo" else group
+        rl.advantages = ddpo.group_advantages(4) if name == "ddpo" else memory
         file, spent = Path(cfg.out or "runs/race", name, "metrics.csv"), 0.0
         rl.train(replace(cfg, out=str(file.parent), **changes), loss)
         first, *rows = csv.DictReader(file.read_text(encoding="utf-8").splitlines())
         for row in rows:
             spent += float(row["seconds"])
-            if row["lpips"]:
+            if row["val_psnr_y"]:
                 lpips, psnr_y = (float(row[key]) - float(first[key])
-                                 for key in ("lpips", "val_psnr_y"))
+                                 for key in ("val_pyiqa:lpips", "val_psnr_y"))
                 print(f"{name}, {spent:.0f} s: LPIPS {lpips:+.4f}, PSNR-Y {psnr_y:+.2f} dB")
 
 
