@@ -266,6 +266,7 @@ class PyiqaReward:
             import pyiqa
             with contextlib.redirect_stdout(sys.stderr):
                 self.metric = pyiqa.create_metric(name, device=torch.device(device))
+        self.device = device
         self.name, self.sign = name, -1 if self.metric.lower_better else 1
         self.full = self.metric.metric_mode == "FR"  # needs a reference
 
@@ -273,8 +274,8 @@ class PyiqaReward:
     def __call__(self, images, refs=None):
         pair = (images, refs) if self.full else (images,)
         with one_line(f"pyiqa:{self.name}", "give references if it needs them, or larger images"):
-            scores = self.metric(*[((x.float() + 1) / 2).clamp(0, 1) for x in pair])
-        return self.sign * scores.reshape(len(images)).float()
+            scores = self.metric(*[((x.to(self.device).float() + 1) / 2).clamp(0, 1) for x in pair])
+        return self.sign * scores.reshape(len(images)).float().to(images.device)
 
 
 def load(name, device="cpu", dtype="auto"):
