@@ -267,6 +267,7 @@ def draw(path, groups, courses):
     columns = [key for key in OUTSIDE if courses and all(key in x for x in courses.values())]
     figure = Figure((7 + 3.2 * len(columns), 5), dpi=100, layout="constrained")
     plane, *axes = figure.subplots(1, 1 + len(columns), squeeze=False)[0]
+    means = [(0.0, 0.0)]
     for label, change, front in groups:
         points = lost_and_gained(front)
         drops = torch.linspace(0, max(x for x, _ in points), 60)
@@ -277,11 +278,16 @@ def draw(path, groups, courses):
         for name, row in change.items():
             (x, _, wide, _), (y, _, high, _) = (paired(row[key]) for key in ("psnr_y", LPIPS))
             lines.setdefault(name.partition(", ")[0], []).append((x, y, wide, high))
+            means.append((x, y))
         for name, line in lines.items():
             x, y, wide, high = torch.tensor(sorted(line)).nan_to_num(0.0).T.tolist()
-            plane.errorbar(x, y, high, wide, marker="o", markersize=4, capsize=2, label=name)
+            plane.errorbar(x, y, high, wide, elinewidth=0.6, marker="o", markersize=4,
+                           label=name)
+    low, high = torch.tensor(means).aminmax(dim=0)
+    edge = 0.3 * (high - low) + 1e-3  # long bars and the far front are cut: the rows are what counts
+    (left, bottom), (right, top) = (low - edge).tolist(), (high + edge).tolist()
     plane.set(xlabel="PSNR-Y minus SFT, dB", ylabel="LPIPS minus SFT (lower is better)",
-              title="bars: 95 % over seeds")
+              title="bars: 95 % over seeds", xlim=(left, right), ylim=(bottom, top))
     plane.legend(fontsize=7)
     for axis, key in zip(axes, columns):
         for name, course in courses.items():
