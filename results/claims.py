@@ -284,7 +284,7 @@ def draw(path, groups, courses):
             plane.errorbar(x, y, high, wide, elinewidth=0.6, marker="o", markersize=4,
                            label=name)
     low, high = torch.tensor(means).aminmax(dim=0)
-    edge = 0.3 * (high - low) + 1e-3  # long bars and the far front are cut: the rows are what counts
+    edge = 0.3 * (high - low) + 1e-3  # cuts long bars and the far front: the rows are what counts
     (left, bottom), (right, top) = (low - edge).tolist(), (high + edge).tolist()
     plane.set(xlabel="PSNR-Y minus SFT, dB", ylabel="LPIPS minus SFT (lower is better)",
               title="bars: 95 % over seeds", xlim=(left, right), ylim=(bottom, top))
