@@ -474,7 +474,6 @@ def main():
     source = open_split(cfg, "all" if cfg.data or cfg.lq else "train")
     for index in progress(range(len(source)), "decoding"):
         try:
-            source[index]
             if min(source[index][1].shape[1:]) < cfg.size:
                 raise utils.UserError(f"{source.paths[index][1]}: is less than a crop")
         except utils.UserError as error:

@@ -35,12 +35,13 @@ Needs torch only; the file works copied alone. The loop that uses it:
 import torch
 
 
-class RewardMemory:
+class RewardMemory(torch.nn.Module):
     """The latest `size` rewards of each of `inputs` inputs, at each of `steps` judged steps."""
 
     def __init__(self, inputs, steps=1, size=8):
-        self.rewards = torch.full((inputs, steps, size), float("nan"))
-        self.count = torch.zeros(inputs, steps, dtype=torch.long)
+        super().__init__()
+        self.register_buffer("rewards", torch.full((inputs, steps, size), float("nan")))
+        self.register_buffer("count", torch.zeros(inputs, steps, dtype=torch.long))
 
     def push(self, ids, rewards):
         """Remembers rewards (B, K) of inputs ids (B,), in this order; NaN is not remembered."""
@@ -53,13 +54,6 @@ class RewardMemory:
     def mean(self):
         """Mean of each history, (inputs, K); NaN where there is none."""
         return self.rewards.nanmean(2)
-
-    def state_dict(self):
-        return {"rewards": self.rewards, "count": self.count}
-
-    def load_state_dict(self, state):
-        self.rewards = state["rewards"]
-        self.count = state["count"]
 
 
 def advantages(rewards, baseline, clip=5.0, delta=1e-4):

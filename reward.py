@@ -32,8 +32,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from utils import (UserError, one_line, option, parse, pick_device, read_image, run_main,
-                   to_uint8)
+from utils import UserError, one_line, option, parse, pick_device, read_image, run_main, to_uint8
 
 # ---- against a reference: (B, 3, H, W) in [-1, 1] twice -> (B,) ----
 
@@ -70,7 +69,6 @@ def ssim(images, refs):
 
 
 REWARDS = {"psnr": psnr, "psnr_y": psnr_y, "ssim": ssim}
-NEEDS_REFS = set(REWARDS)
 
 
 def views(reward, count):
@@ -253,8 +251,7 @@ FILES = {  # what pyiqa downloads for some metrics, in torch.hub.get_dir()
 def ready(name):
     """Whether pyiqa and its FILES of a metric are there, so that nothing has to be downloaded."""
     files = [Path(torch.hub.get_dir(), file) for file in FILES.get(name, [])]
-    return name not in FILES or bool(find_spec("pyiqa")) and all(
-        file.exists() for file in files)
+    return not files or bool(find_spec("pyiqa")) and all(file.exists() for file in files)
 
 
 class PyiqaReward:
@@ -302,11 +299,9 @@ class Config:
 
 def main():
     cfg, files = parse(Config, positional="image files")
-    if not files:
-        raise UserError("no images; give image files, as: python reward.py a.png b.png")
     device = pick_device()
     reward = load(cfg.metric, device, cfg.dtype)
-    full = cfg.metric in NEEDS_REFS or getattr(reward, "full", False)
+    full = cfg.metric in REWARDS or getattr(reward, "full", False)
     if len(cfg.ref) != len(files) and (full or cfg.ref):
         raise UserError(f"--ref: give a reference for each of {len(files)} images, in their order")
     sign = getattr(reward, "sign", 1)  # printed as the metric defines it

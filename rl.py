@@ -163,7 +163,7 @@ def update(loss_of, restorer, average, optimizer, batches, lq, gen, accelerator,
     usable = usable[torch.randperm(len(usable), generator=gen)].tolist()
     part = max(1, len(usable) // UPDATES)
     accelerator.gradient_accumulation_steps = part * len(batches)
-    logs, shares = [], {}
+    logs, norms, shares = [], [], {}
     for k in usable[:part * UPDATES]:
         t, eps = draw_noise(restorer, lq, gen)
         for batch in batches:
@@ -176,15 +176,13 @@ def update(loss_of, restorer, average, optimizer, batches, lq, gen, accelerator,
                 accelerator.backward(loss)
                 logs.append({key: x.detach() for key, x in info.items()})
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(restorer.weights(), CLIP_NORM)
-                    logs[-1]["grad_norm"] = norm
+                    norms.append(accelerator.clip_grad_norm_(restorer.weights(), CLIP_NORM))
                 optimizer.step()
                 optimizer.zero_grad()
             if accelerator.sync_gradients:
                 update_average(average, restorer, AVERAGE)
-    row = {}
-    for key in dict.fromkeys(key for log in logs for key in log):
-        row[key] = torch.stack([log[key] for log in logs if key in log]).mean().item()
+    row = {key: torch.stack([log[key] for log in logs]).mean().item() for key in logs[0]}
+    row["grad_norm"] = torch.stack(norms).mean().item()
     row["ratio_error"] = logs[0]["ratio_error"].item() if "ratio_error" in row else 0.0
     if not math.isfinite(row["grad_norm"]):
         raise UserError("the gradient is not finite; lower --lr, and --resume from the checkpoint")

@@ -272,8 +272,7 @@ def main():
 
     from data import resize
     from model import load
-    from utils import (UserError, generator, option, parse, pick_device, read_image,
-                       write_image)
+    from utils import UserError, generator, option, parse, pick_device, read_image, write_image
 
     @dataclass
     class Config:

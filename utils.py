@@ -218,7 +218,7 @@ def parse(config_class, argv=None, positional=None):
     Returns the dataclass; with `positional` (its help), the pair (dataclass, plain arguments)."""
     parser = Parser(description=config_class.__doc__, allow_abbrev=False)
     if positional:
-        parser.add_argument("paths", nargs="*", help=positional, metavar="PATH")
+        parser.add_argument("paths", nargs="+", help=positional, metavar="PATH")
     for field in dataclasses.fields(config_class):
         default, notes = field.default_factory(), field.metadata
         how = {"type": type(default), "choices": notes["choices"]}

@@ -33,7 +33,6 @@ With pairs (--lq, --hq) each crop counts as a photograph, and intervals are too 
 
 import csv
 import hashlib
-import json
 import math
 import re
 import statistics
@@ -54,7 +53,7 @@ import rl  # noqa: E402
 from data import get_task, held_out, open_split  # noqa: E402
 from eval import (FIDELITY, FRONT, INSTRUMENTS, compare, evaluate, gain_on_front,  # noqa: E402
                   in_batches, interval, load_metrics, markdown, save_figure)
-from model import load  # noqa: E402
+from model import load, read_json  # noqa: E402
 from utils import UserError, atomic, option, parse, pick_device, run_main, write_json  # noqa: E402
 
 SECONDS = 11.0  # of an iteration with 128 restorations, two cores; until a run is measured
@@ -106,7 +105,7 @@ def check_settings(cfg):
     now = {key: x for key, x in asdict(cfg).items() if key not in FREE}
     now["weights/"] = digest.hexdigest()
     file = Path(cfg.out, "settings.json")
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else now
+    before = read_json(file) or now
     for key, value in now.items():
         if before.get(key) != value:
             raise UserError(f"--out {cfg.out}: its runs have {key} {before.get(key)}, not {value}")
@@ -150,7 +149,7 @@ def train(row, folder):
 
 def stored(file, keys, make):
     """make() -> {row: {metric: (N,)}}, kept in a JSON file unless a metric of `keys` is new."""
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"sft": {}}
+    known = read_json(file) or {"sft": {}}
     if not set(keys) <= set(known["sft"]):
         known = {name: {key: x.tolist() for key, x in scores.items()}
                  for name, scores in make().items()}

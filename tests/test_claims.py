@@ -81,7 +81,7 @@ def test_unequal_budgets_and_unknown_rows_are_refused(monkeypatch):
         claims.plan("C7", claims.Config(inputs=100))
     with pytest.raises(UserError, match="adaptive; RL only"):
         claims.plan("C3", claims.Config(only=["nope"]))
-    for words in ([], ["C9"], ["C1", "C2"], ["C1", "--seeds", "x"], ["C1", "--seeds"]):
+    for words in (["C9"], ["C1", "C2"], ["C1", "--seeds", "x"], ["C1", "--seeds"]):
         monkeypatch.setattr(sys, "argv", ["claims.py", *words])
         with pytest.raises(UserError, match="give one claim"):
             claims.main()
