@@ -60,6 +60,9 @@ def test_a_table_has_differences_of_rows_and_the_gain_beside_the_front():
     assert lines["SFT, 9 steps"][claims.LPIPS] == "-0.0100 ± - ± -"
     assert lines["x"]["x front"] == "3.0" and lines["y"]["x front"] == "front: none"
     assert lines["x minus y"][claims.LPIPS].startswith("-0.0200 ± 0.1271 ± 0.0000, p 0.3")
+    far = {"z": change["x"] | {"psnr_y": change["x"]["psnr_y"] - 2}}
+    lines = claims.table_rows(far, sft, front, {"z": 1.0})
+    assert lines["z"]["x front"] == "front ends before"
 
 
 @pytest.mark.parametrize("claim", ALL)
