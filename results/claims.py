@@ -244,8 +244,8 @@ def table_rows(change, sft, front, minutes):
             gain, drop = (-row[key].mean().item() for key in (LPIPS, "psnr_y"))
             points = lost_and_gained(front)
             own = gain_on_front(points, drop)
-            ratio = f"{gain / own:.1f}" if drop <= max(points)[0] else "front ends before"
-            lines[name]["x front"] = ratio if own > 5e-4 else "front: none"
+            beside = f"{gain / own:.1f}" if own > 5e-4 else "front: none"
+            lines[name]["x front"] = beside if drop <= max(points)[0] else "front ends before"
             near = min(front, key=lambda setting: abs(front[setting]["psnr_y"] + drop))
             lines[near] = {key: cell(x, math.nan, math.nan) for key, x in front[near].items()}
     first, *others = change
