@@ -25,7 +25,7 @@ How to read a table
  6. Tune with --split val. The test photographs are for what is settled.
 With pairs (--lq, --hq) each crop counts as a photograph, and intervals are too narrow.
 
-    python results/claims.py C3                                  # laptop, hours: it says how many
+    python results/claims.py C3                                  # laptop, an hour: it says how long
     python results/claims.py C8 --rewards judge judge:OLD        # before and after hardening
     python results/claims.py C1 --tiny --out runs/tiny           # a minute: is all well?
     python results/claims.py C1 --data DIR --size 256 --model FOLDER --out runs/large       # GPU
