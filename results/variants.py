@@ -73,8 +73,9 @@ def claims(cfg):
                "noisiest steps, 4": {"method": "noisiest4"},
                "length *, half": {"iterations": max(1, cfg.iterations // 2), "apart": True},
                "length *, double": {"iterations": 2 * cfg.iterations, "apart": True}},
-        "C8": {f"{name}, {word}": {"reward": name, "sft_coef": x} | curve for name in cfg.rewards
-               for word, x in (("with SFT", cfg.sft_coef), ("without", 0.0))}}
+        "C8": {f"{name}, {word}": {"reward": name} | changes | curve for name in cfg.rewards
+               for word, changes in (("with SFT", {}), ("without", {"sft_coef": 0.0}),
+                                     ("with SFT, w 0.5", {"weight": "fixed:0.5"}))}}
 
 
 # ---- what takes the place of a function of rl.py ----
