@@ -38,8 +38,7 @@ from utils import (atomic, generator, new_run, option, parse, pick_device, run_m
                    write_rows)
 
 INSTRUMENTS = ["judge", "judge2", "pyiqa:lpips", "pyiqa:brisque"]  # in every table
-OF_SETS = ("pyiqa:brisque ↓", "pyiqa:niqe ↓")  # need 192 pixels or more; on the CPU: on a card
-#                                                brisque read 57.2 as 60.8, for a cause not found
+OF_SETS = ("pyiqa:brisque ↓", "pyiqa:niqe ↓")                      # need 192 pixels or more
 FIDELITY = {"psnr_y": psnr_y, "psnr": psnr, "ssim": ssim}
 FRONT = ((0.75, 1), (1.125, 1), (1.25, 1), (1.5, 1), (2, 1), (1, 2), (1, 0.5), (1, 0))
 REGION = 160  # pixels, side of what the picture shows of a photograph
@@ -67,7 +66,7 @@ def load_metrics(names, device):
         if not ready(name.removeprefix("pyiqa:")):
             print(f"{name}: left out, its parameters are not here (reward.py would fetch them)")
             continue
-        metric = load_reward(name, "cpu" if f"{name} ↓" in OF_SETS else device)
+        metric = load_reward(name, device)
         if getattr(metric, "sign", 1) < 0:
             metrics[f"{name} ↓"] = lambda images, refs, metric=metric: -metric(images, refs)
         else:

@@ -55,7 +55,7 @@ def seeded(make, *args, **config):
 
 
 def read_json(path):
-    """A file of a restorer's folder, {} where it has none."""
+    """A JSON file, {} where there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 

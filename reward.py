@@ -259,11 +259,12 @@ class PyiqaReward:
     def __init__(self, name, device):
         if name.split("_")[0] in UNSAFE:
             raise UserError(f"pyiqa:{name} is no reward: it {UNSAFE[name.split('_')[0]]}")
+        # an H200 read BRISQUE as 60.8 where CPUs read 57.2, for a cause not found
+        self.device = torch.device("cpu" if name.startswith("brisque") else device)
         with one_line(f"pyiqa:{name}", "pyiqa.list_models() has the names, a network the weights"):
             import pyiqa
             with contextlib.redirect_stdout(sys.stderr):
-                self.metric = pyiqa.create_metric(name, device=torch.device(device))
-        self.device = device
+                self.metric = pyiqa.create_metric(name, device=self.device)
         self.name, self.sign = name, -1 if self.metric.lower_better else 1
         self.full = self.metric.metric_mode == "FR"  # needs a reference
 

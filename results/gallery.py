@@ -11,6 +11,7 @@ by arrow keys, too; beside it any of lq, SFT, RL and hq. The page holds all imag
 import base64
 import html
 import io
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import get_task, open_split, whole  # noqa: E402
 from eval import load_metrics, measure  # noqa: E402
-from model import load, read_json  # noqa: E402
+from model import load  # noqa: E402
 from sample import restore  # noqa: E402
 from utils import UserError, atomic, generator, option, parse  # noqa: E402
 from utils import pick_device, run_main, to_uint8  # noqa: E402
@@ -70,7 +71,7 @@ def cases_of(run, cfg):
     """[{"name", "images": {kind: (3, h, w)}, "scores": {kind: {metric: (1,)}}}] of a run."""
     if not Path(run, "model").is_dir():
         raise UserError(f"{run}: no finished run of rl.py")
-    had = SimpleNamespace(**read_json(Path(run, "config.json")))
+    had = SimpleNamespace(**json.loads(Path(run, "config.json").read_text(encoding="utf-8")))
     had.data = cfg.data or had.data
     source, device, cases = open_split(had, "test"), pick_device(), []
     restorers = {"SFT": load(had.model, had.task, device), "RL": load(f"{run}/model", "", device)}

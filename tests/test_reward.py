@@ -4,6 +4,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import skimage
@@ -193,6 +194,11 @@ def test_pyiqa_metrics_rise_with_quality_and_are_ready_with_weights(pairs, monke
         (tmp_path / file).parent.mkdir()
         (tmp_path / file).touch()
     assert reward.ready("lpips") and reward.ready("psnr")
+    created = Mock(lower_better=True, metric_mode="NR")
+    monkeypatch.setattr("pyiqa.create_metric", created)
+    for name, device in (("brisque", "cpu"), ("niqe", "cuda")):  # a card misreads the first
+        load(f"pyiqa:{name}", "cuda")
+        assert created.call_args.kwargs["device"].type == device
 
 
 def test_the_script_prints_a_table(tmp_path, pairs, monkeypatch, capsys):
