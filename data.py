@@ -417,8 +417,10 @@ class Crops(Dataset):
 def pool(source, degrade, size, seed, count):
     """(lq, hq), (count, 3, size, size) each: the items of Crops."""
     crops = Crops(source, degrade, size, seed, count)
-    lq, hq = zip(*(crops[i] for i in progress(range(count), "decoding")))
-    return torch.stack(lq), torch.stack(hq)
+    lq, hq = torch.empty(2, count, 3, size, size)
+    for i in progress(range(count), "decoding"):
+        lq[i], hq[i] = crops[i]
+    return lq, hq
 
 
 def fine_detail(crop):

@@ -309,9 +309,10 @@ def save_regions(path, source, degrade, restorers, judge, steps=0, eta=-1.0):
     captions = {label: [] for label in columns}
     for index in range(min(5, len(source))):
         lq, hq = whole(source, degrade, index)
-        side = min(REGION, *hq.shape[2:])
+        first = next(iter(restorers.values()))
+        side = min(max(REGION, first.defaults["size"]), *hq.shape[2:])
         top, left = hardest_region(lq, hq, side)
-        device = next(iter(restorers.values())).device
+        device = first.device
         lq, hq = (x[..., top:top + side, left:left + side].to(device) for x in (lq, hq))
         shown = {"lq": lq}
         for label, restorer in restorers.items():

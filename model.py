@@ -63,8 +63,10 @@ def load_part(kind, source):
     """A component from a folder or hub id. Networks: float32, from safetensors, complete."""
     if not issubclass(kind, torch.nn.Module):
         return kind.from_pretrained(source)
+    half, full = (Path(source, f"diffusion_pytorch_model{x}.safetensors") for x in (".fp16", ""))
+    variant = "fp16" if half.exists() and not full.exists() else None  # as CompVis's ldm-sr comes
     network, info = kind.from_pretrained(source, use_safetensors=True, torch_dtype=torch.float32,
-                                         output_loading_info=True)
+                                         output_loading_info=True, variant=variant)
     if info["missing_keys"]:  # the libraries put random numbers there
         raise OSError(f"the weights of {kind.__name__} lack {sorted(info['missing_keys'])[0]}")
     return network
@@ -96,11 +98,11 @@ class Restorer:
     channels, factor, multiple = 3, 1, 1
 
     def __init__(self, net, scheduler, frozen=None, settings=None, defaults=None):
-        """scheduler: diffusers' DDIMScheduler. defaults: task, steps and eta of its training."""
+        """scheduler: diffusers' DDIMScheduler. defaults: task, steps, eta, size of its training."""
         self.net = self.bare_net = net.eval()  # a trainer may wrap net; bare_net stays. No dropout.
         self.scheduler, self.frozen = scheduler, frozen or {}
         self.settings = self.settings | (settings or {})
-        self.defaults = {"task": "sr", "steps": 20, "eta": 1.0} | (defaults or {})
+        self.defaults = {"task": "sr", "steps": 20, "eta": 1.0, "size": 0} | (defaults or {})
         self.networks = [x for x in self.frozen.values() if isinstance(x, torch.nn.Module)]
         for network in self.networks:
             network.requires_grad_(False).eval()
@@ -268,8 +270,7 @@ class LatentRestorer(Restorer):
         self.vae = self.frozen.get("vae") or self.frozen["vqvae"]
         if "vae" in self.frozen:
             self.scaling = self.vae.config.scaling_factor
-            self.vae.enable_slicing()  # one image at once: features of a batch fill the memory
-            self.vae.enable_tiling()   # only above the size it was trained at
+            self.vae.enable_tiling()  # only above the size it was trained at
         self.channels = unet.config.out_channels
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.multiple = self.factor * 2 ** (len(unet.config.block_out_channels) - 1)
@@ -280,12 +281,13 @@ class LatentRestorer(Restorer):
 
     @torch.no_grad()
     def encode(self, hq, lq):
-        out = self.vae.encode(hq)
-        z0 = out.latents if "latents" in out else out.latent_dist.mode()  # one target, no sample
-        return self.scaling * z0
+        parts = [self.vae.encode(x) for x in hq.split(1)]  # features of a batch fill the memory
+        z0 = [x.latents if "latents" in x else x.latent_dist.mode() for x in parts]  # no sample
+        return self.scaling * torch.cat(z0)
 
     def decode(self, z, lq):
-        return self.vae.decode(z / self.scaling).sample.clamp(-1, 1)
+        parts = [self.vae.decode(x).sample for x in (z / self.scaling).split(1)]
+        return torch.cat(parts).clamp(-1, 1)
 
     def forward(self, z_t, t, c):
         """Guidance around network(z_t, t, c, text); 1 means none and costs one pass, not two."""
@@ -352,6 +354,7 @@ HUB = {"ldm-sr": "CompVis/ldm-super-resolution-4x-openimages",
 PIPELINES = {FAMILIES[name].pipeline: name for name in HUB}
 PIPELINES["StableDiffusionPipeline"] = "sd-controlnet"
 FILES = ["*.json", "*.txt", ADAPTER, "*/model.safetensors", "*/diffusion_pytorch_model.safetensors"]
+HALF = "*/diffusion_pytorch_model.fp16.safetensors"  # where there is nothing else
 
 
 def shipped(task):
@@ -382,7 +385,10 @@ def load(name, task="sr", device="cpu", dtype="float32", controlnet=""):
     remedy = "give a complete folder of sft.py, rl.py or diffusers, or a hub id and a network"
     with one_line(f"--model {source}", remedy):
         if not Path(source).is_dir():
-            source = snapshot_download(source, allow_patterns=FILES, ignore_patterns="safety*")
+            home = snapshot_download(source, allow_patterns=FILES, ignore_patterns="safety*")
+            if not list(Path(home).glob("*/*.safetensors")):
+                home = snapshot_download(source, allow_patterns=[*FILES, HALF])
+            source = home
         settings = read_json(Path(source) / "restorer.json")
         index = read_json(Path(source) / "model_index.json")
         family = settings.pop("family", None) or PIPELINES.get(index.get("_class_name"))

@@ -191,15 +191,18 @@ class MLLMJudge:
         output = self.model(**self.inputs(pixels), use_cache=False, logits_to_keep=1)
         return output.logits[:, -1, self.ids].float().softmax(-1) @ self.values
 
+    def mean_score(self, pixels):
+        """(B, 3, H, W) in [0, 255] -> (B,), the mean over tiles."""
+        parts = tiles_of(pixels, self.tile or max(pixels.shape[2:])).flatten(0, 1).split(self.batch)
+        return torch.cat([self.score(part) for part in parts]).view(len(pixels), -1).nanmean(1)
+
     def scores(self, images, refs=None):
         """As a call, but not rounded, and with a gradient if the processor stays in torch."""
-        return self.score((images + 1) * 127.5)
+        return self.mean_score((images + 1) * 127.5)
 
     @torch.no_grad()
     def __call__(self, images, refs=None):
-        tiles = tiles_of(to_uint8(images), self.tile or max(images.shape[2:]))
-        parts = tiles.flatten(0, 1).split(self.batch)
-        return torch.cat([self.score(part) for part in parts]).view(len(images), -1).nanmean(1)
+        return self.mean_score(to_uint8(images))
 
 
 class RatingJudge(MLLMJudge):
@@ -287,7 +290,8 @@ def load(name, device="cpu", dtype="auto"):
         known = ", ".join([*REWARDS, *JUDGES])
         raise UserError(f"reward {name}: unknown; choose one of {known} (mllm:FOLDER), pyiqa:NAME")
     other = {"source": source, "subfolder": ""} if source else {}
-    return load_judge(**{"device": device, "dtype": dtype} | JUDGES[head] | other)
+    other |= {"dtype": dtype} if dtype != "auto" else {}
+    return load_judge(**{"device": device} | JUDGES[head] | other)
 
 
 @dataclass

@@ -51,8 +51,8 @@ from reward import load as load_reward
 from reward import views
 from sample import draw, replay, rollout
 from sft import diffusion_loss, draw_noise, learning_rate, load_optimizer, update_average
-from utils import (UserError, check_resume, generator, load_checkpoint, new_run, option, parse,
-                   pick_device, run_main, save_checkpoint, write_json, write_rows)
+from utils import (UserError, check_resume, generator, load_checkpoint, new_run, note, option,
+                   parse, pick_device, run_main, save_checkpoint, write_json, write_rows)
 
 UPDATES = 2          # optimizer steps per rollout
 MEMORY = 8           # latest rewards of an input that are remembered
@@ -111,15 +111,21 @@ def step_loss(restorer, reference, cfg, batch, k):
 
 # ---- the phases of an iteration ----
 
+def own_part(count, accelerator):
+    """The indices of this process, of `count` samples that the processes share."""
+    return torch.arange(count).tensor_split(accelerator.num_processes)[accelerator.process_index]
+
+
 @torch.no_grad()
-def collect(restorer, judge, lq, hq, gen, cfg, accelerator):
+def collect(restorer, judge, lq, hq, gen, cfg, accelerator, keep=True):
     """Rollout and reward of samples lq, hq (S, 3, H, W), the noise drawn for all of them.
 
-    -> (batches of this process: dicts; rewards (S, K) of all, on the CPU). K is 1 for --reward-mode
-    final. For step, the image after step k is the clean one that step k + 1 predicts anyway.
+    -> (batches of this process: dicts, [] unless keep; rewards (S, K) of all, on the CPU). K is 1
+    for --reward-mode final. For step, the image after step k is the clean one that step k + 1
+    predicts anyway.
     """
     condition, noise = draw(restorer, lq, cfg.steps, gen)
-    own = torch.arange(len(lq)).tensor_split(accelerator.num_processes)[accelerator.process_index]
+    own = own_part(len(lq), accelerator)
     judged = range(cfg.steps) if cfg.reward_mode == "step" else [cfg.steps - 1]
     batches, rewards = [], []
     for part in own.split(cfg.micro_batch):
@@ -128,8 +134,9 @@ def collect(restorer, judge, lq, hq, gen, cfg, accelerator):
         path = rollout(restorer, c, n, cfg.eta)
         clean = [*path.x0[1:], path.z[-1]]
         rewards.append(torch.stack([judge(restorer.decode(clean[k], y), x) for k in judged], 1))
-        z0 = restorer.encode(x, y)
-        batches.append({"own": part, "lq": y, "noise": n, "path": path, "z0": z0})
+        if keep:
+            z0 = restorer.encode(x, y)
+            batches.append({"own": part, "lq": y, "noise": n, "path": path, "z0": z0})
     rewards = accelerator.gather(torch.cat(rewards).to(accelerator.device)).cpu()
     if rewards.isnan().all():
         raise UserError(f"--reward {cfg.reward}: gives no score; see what it answers by reward.py")
@@ -143,11 +150,15 @@ def baseline(restorer, judge, memory, lq, hq, cfg, accelerator):
     -> the scores of the ground truth hq, (inputs,), on the CPU.
     """
     quiet = not accelerator.is_main_process
-    parts = tqdm(hq.to(accelerator.device).split(cfg.micro_batch), "judge hq", disable=quiet)
-    reward_hq = torch.cat([judge(x, x) for x in parts]).cpu()
+    rewards = []
+    own = own_part(len(hq), accelerator)
+    for part in tqdm(own.split(cfg.micro_batch), "judge hq", disable=quiet):
+        x = hq[part].to(accelerator.device)
+        rewards.append(judge(x, x))
+    reward_hq = accelerator.gather(torch.cat(rewards).to(accelerator.device)).cpu()
     for n in tqdm(range(2), "baseline", disable=quiet):
         gen = generator(cfg.seed, 20, n)
-        _, rewards = collect(restorer, judge, lq, hq, gen, cfg, accelerator)
+        _, rewards = collect(restorer, judge, lq, hq, gen, cfg, accelerator, keep=False)
         memory.push(torch.arange(cfg.pool), counted(rewards, reward_hq, cfg.cap))
     return reward_hq
 
@@ -181,9 +192,11 @@ def update(loss_of, restorer, average, optimizer, batches, lq, gen, accelerator,
                 optimizer.zero_grad()
             if accelerator.sync_gradients:
                 update_average(average, restorer, AVERAGE)
-    row = {key: torch.stack([log[key] for log in logs]).mean().item() for key in logs[0]}
+    own = {key: torch.stack([log[key] for log in logs]).mean() for key in logs[0]}
+    row = {key: accelerator.gather(x).mean().item() for key, x in own.items()}
     row["grad_norm"] = torch.stack(norms).mean().item()
-    row["ratio_error"] = logs[0]["ratio_error"].item() if "ratio_error" in row else 0.0
+    if "ratio_error" in row:
+        row["ratio_error"] = accelerator.gather(logs[0]["ratio_error"]).max().item()
     if not math.isfinite(row["grad_norm"]):
         raise UserError("the gradient is not finite; lower --lr, and --resume from the checkpoint")
     return row | shares
@@ -270,6 +283,9 @@ def check(cfg, restorer, processes):
         if not holds:
             raise UserError(rule)
     restorer.check_size(cfg.size)
+    learned = restorer.defaults["task"]
+    if not any(cfg.task.startswith(kind) for kind in learned.split("+")):
+        note(f"--model {cfg.model} has learned {learned}, --task is {cfg.task}")
     try:
         weights(cfg.weight, *torch.ones(3, 2))
     except ValueError:
@@ -292,6 +308,7 @@ def train(cfg, step_loss=step_loss):
     cfg.steps, cfg.eta = restorer.settle(cfg.steps, cfg.eta)
     check(cfg, restorer, accelerator.num_processes)
     restorer.train_only(cfg.trainable)
+    restorer.defaults |= {key: getattr(cfg, key) for key in ("task", "steps", "eta", "size")}
     reference, average = restorer.frozen_copy(), restorer.frozen_copy()
     optimizer = torch.optim.AdamW(restorer.weights(), cfg.lr, BETAS, weight_decay=0.0)
     restorer.net, optimizer = accelerator.prepare(restorer.net, optimizer)
@@ -354,6 +371,7 @@ def train(cfg, step_loss=step_loss):
         loss_of = functools.partial(step_loss, restorer, reference, cfg)
         logs = update(loss_of, restorer, average, optimizer, batches, lq[ids], gen, accelerator,
                       look)
+        del batches, batch  # or two rollouts lie in memory at the next
 
         # log; every few iterations a look at validation photographs, and a checkpoint
         row = {"iteration": iteration + 1, "reward": rewards[:, -1].nanmean().item(),
@@ -380,7 +398,6 @@ def train(cfg, step_loss=step_loss):
     # the best average on test photographs
     average.load_state_dict(best)
     if main:
-        average.defaults |= {"task": cfg.task, "steps": cfg.steps, "eta": cfg.eta}
         average.save(out / "model")
         save_curves(out / "curves.png", rows, "iteration")
         print(f"kept the average of iteration {chosen}, by its validation scores" if chosen else

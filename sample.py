@@ -106,6 +106,7 @@ def time_grid(scheduler, steps):
     last = scheduler.config.num_train_timesteps - 1
     t = scheduler.timesteps.cpu().long().clamp(max=last)  # a steps_offset can lead one too far
     previous = t - scheduler.config.num_train_timesteps // steps
+    previous[-1] = -1  # "trailing" may stop at 0, with a sigma so small that log p explodes
     alphas = scheduler.alphas_cumprod.float()
     alpha_bar_prev = alphas[previous.clamp(min=0)]
     alpha_bar_prev[previous < 0] = scheduler.final_alpha_cumprod
@@ -182,6 +183,9 @@ def replay(restorer, path, k, eta):
 
 # ---- images of any size ----
 
+PIXELS = 2 ** 20  # of a batch that are restored at once
+
+
 def tile_starts(length, tile, overlap):
     """Where tiles start that cover `length` and share at least `overlap` with their neighbours."""
     if length <= tile:
@@ -223,12 +227,13 @@ def tiled(restorer, tile):
 
 
 @torch.no_grad()
-def restore(restorer, lq, steps, eta, generator, tile=256):
+def restore(restorer, lq, steps, eta, generator, tile=0):
     """lq (B, 3, H, W) in [-1, 1] of any size -> restored images of the same size and range.
 
     steps 0, eta -1: as the restorer was trained. Pads to the restorer's multiple; sides above
-    `tile` pixels go through overlapping tiles.
+    `tile` pixels (0: those of its training, at least 256) go through overlapping tiles.
     """
+    tile = tile or max(256, restorer.defaults["size"])
     steps, eta = restorer.settle(steps, eta)
     height, width = lq.shape[-2:]
     down, right = -height % restorer.multiple, -width % restorer.multiple
@@ -236,8 +241,12 @@ def restore(restorer, lq, steps, eta, generator, tile=256):
     padded = F.pad(lq, (0, right, 0, down), mode=mode)
     condition, noise = draw(restorer, padded, steps, generator)
     predict = tiled(restorer, tile) if max(padded.shape[-2:]) > tile else None
-    path = rollout(restorer, condition, noise.to(lq.device), eta, predict)
-    return restorer.decode(path.z[-1], padded)[..., :height, :width]
+    images = []
+    part = max(1, PIXELS // (padded.shape[-2] * padded.shape[-1]))
+    for y, c, n in zip(padded.split(part), condition.split(part), noise.split(part, 1)):
+        path = rollout(restorer, c, n.to(lq.device), eta, predict)
+        images.append(restorer.decode(path.z[-1], y)[..., :height, :width])
+    return torch.cat(images)
 
 
 # ---- files ----
@@ -283,7 +292,7 @@ def main():
         out: str = option("runs/restored", "folder for the PNGs")
         steps: int = option(0, "DDIM steps, up to 1000; 0: as the restorer was trained", least=0)
         eta: float = option(-1.0, "stochasticity, 0: none; -1: as it was trained", least=-1)
-        tile: int = option(256, "largest side in pixels that the network sees at once", least=64)
+        tile: int = option(0, "largest side that the network sees at once; 0: as it was trained")
         seed: int = option(0, "seed of the sampler, the same for every image")
 
     cfg, inputs = parse(Config, positional="image files or folders")

@@ -13,6 +13,7 @@ Chosen here:
  3. An exponential moving average (EMA) of the weights is what is saved.
  4. Crop i of a run and the noise of step i follow from (seed, i): neither the number of workers or
     processes nor a resumed run changes them (but the noise that sd-x4-upscaler adds to lq).
+ 5. A model with guidance (model.py) has the loss of its guided output: SFT is for guidance 1.
 
     python sft.py --task sr                                   # laptop: about 15 minutes
     accelerate launch sft.py --task sr --data DIR --batch 256 --steps 200000 --size 128 --workers 12
@@ -132,7 +133,7 @@ def train(cfg):
     val = in_batches(*held_out(open_split(cfg, "val"), degrade, cfg.size, 64)[:2],
                      accelerator.device)
     restorer = load(cfg.model, cfg.task, accelerator.device, cfg.dtype)
-    restorer.defaults["task"] = cfg.task
+    restorer.defaults |= {"task": cfg.task, "size": cfg.size}
     restorer.check_size(cfg.size)
     restorer.train_only(cfg.trainable)
     average = restorer.frozen_copy()

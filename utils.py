@@ -42,6 +42,7 @@ def pick_device():
     """cuda, mps or cpu, whichever is there. CUDA_VISIBLE_DEVICES chooses cards; empty: none."""
     if torch.cuda.is_available():
         torch.backends.cudnn.allow_tf32 = False  # float32 means it: SSIM is off by up to 0.02 else
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # of this process
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 

@@ -26,7 +26,7 @@ from utils import option, parse, run_main  # noqa: E402
 plain_collect = rl.collect
 
 
-def collect(restorer, judge, lq, hq, gen, cfg, accelerator):
+def collect(restorer, judge, lq, hq, gen, cfg, accelerator, keep=True):
     """rl.collect, whose judge takes an image, answers nothing yet, and works in a thread."""
     with ThreadPoolExecutor(1) as thread:
         jobs = []
@@ -34,7 +34,7 @@ def collect(restorer, judge, lq, hq, gen, cfg, accelerator):
         def later(images, refs):
             jobs.append(thread.submit(judge, images, refs))
             return torch.zeros(len(images), device=images.device)
-        batches, rewards = plain_collect(restorer, later, lq, hq, gen, cfg, accelerator)
+        batches, rewards = plain_collect(restorer, later, lq, hq, gen, cfg, accelerator, keep)
         scores = [job.result() for job in jobs]  # of each micro-batch, one for each judged step
     steps = rewards.shape[1]
     parts = [torch.stack(scores[i:i + steps], 1) for i in range(0, len(scores), steps)]

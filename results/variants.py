@@ -129,8 +129,8 @@ def noisiest(count, collect=rl.collect):
         def stochastic(self):
             return super().stochastic[:count]
 
-    def part(*args):
-        batches, rewards = collect(*args)
+    def part(*args, **keep):
+        batches, rewards = collect(*args, **keep)
         return [batch | {"path": Part(*batch["path"])} for batch in batches], rewards
     return part
 

@@ -110,7 +110,7 @@ def test_the_region_shown_is_where_lq_differs_most_and_fooled_judges_are_named(t
         columns=columns, captions=captions))
     monkeypatch.setattr(evaluation, "restore", lambda restorer, lq, *args: lq + 1.0)
     monkeypatch.setattr(evaluation, "whole", lambda *args: (lq, hq))
-    restorer = SimpleNamespace(device="cpu")
+    restorer = SimpleNamespace(device="cpu", defaults={"size": 64})
     save_regions(tmp_path / "x.png", [0], None, {"rl": restorer}, lambda x, y: x.mean((1, 2, 3)))
     assert list(shown["columns"]) == ["lq", "rl", "hq"]
     assert torch.equal(shown["columns"]["hq"][0], hq[0, :, 40:200, 120:280])

@@ -181,6 +181,30 @@ def test_plain_stable_diffusion_gets_a_controlnet_and_keeps_its_schedule(tmp_pat
         assert torch.equal(predict(trained), predict(whole))
 
 
+def test_the_hub_gives_what_is_needed_and_half_precision_where_there_is_nothing_else(
+        tmp_path, monkeypatch):
+    import huggingface_hub
+    shelf, whole = tmp_path / "shelf", TINY["ldm-sr"]()
+
+    def hub(source, allow_patterns, ignore_patterns=None):
+        files = [str(file.relative_to(shelf)) for file in shelf.rglob("*") if file.is_file()]
+        for name in huggingface_hub.utils.filter_repo_objects(
+                files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(shelf / name, tmp_path / source / name)
+        return str(tmp_path / source)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    whole.save(shelf)
+    full = list(shelf.rglob("*.safetensors"))
+    halves = [shutil.copy(file, file.with_suffix(".fp16.safetensors")) for file in full]
+    assert torch.equal(predict(model.load("full")), predict(whole))
+    assert not list((tmp_path / "full").rglob("*fp16*"))
+    for file in full:
+        file.unlink()
+    assert torch.equal(predict(model.load("half")), predict(whole))
+    assert len(list((tmp_path / "half").rglob("*fp16*"))) == len(halves) == 2
+
+
 def test_unknown_tasks_and_missing_weights_are_errors_and_never_random_numbers(tmp_path):
     from safetensors.torch import load_file, save_file
     assert model.shipped("sr4").name == "sr" and model.shipped("derain").name == "noise"

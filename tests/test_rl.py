@@ -116,6 +116,10 @@ def test_collect_in_parts_gives_the_samples_of_one_batch(mode, tiny_restorer, ge
     torch.testing.assert_close(parts[1]["z0"], restorer.encode(lq.flip(3)[2:4], lq[2:4]))
     torch.testing.assert_close(parts[2]["path"].z[0], path.z[0, 4:])
     assert not torch.allclose(path.z[0, 0], path.z[0, 1])
+    cfg = Config(steps=4, eta=1.0, reward_mode=mode, micro_batch=2)
+    alone = restorer, judge, lq, lq.flip(3), generator(7), cfg, one_process()
+    nothing, same = rl.collect(*alone, keep=False)
+    assert nothing == [] and torch.equal(same, rewards)
     monkeypatch.syspath_prepend(ROOT / "examples")
     monkeypatch.setattr(rl, "collect", importlib.import_module("judge_elsewhere").collect)
     others, same = run(2)  # judged in a thread
@@ -284,7 +288,8 @@ def test_splits_and_settings_arrive_and_the_best_average_is_kept(run, monkeypatc
         assert torch.equal(start, ref) and not torch.equal(start, now)
     assert all(torch.equal(a, b) for a, b in zip(saved.weights(), looks[2]))
     assert len(looks) == 4 and "average of iteration 4" in capsys.readouterr().out
-    assert saved.defaults == {"task": "sr", "steps": 3, "eta": 1.0} and ratios_are_one(rows(folder))
+    assert saved.defaults == {"task": "sr", "steps": 3, "eta": 1.0, "size": 32}
+    assert ratios_are_one(rows(folder))
 
 
 def test_a_toy_reward_rises(run):
@@ -330,7 +335,11 @@ def test_bad_settings_are_named(changes, words, run):
         run("bad", **changes)
 
 
-def test_uneven_shares_of_processes_are_named(tiny_restorer):
+def test_uneven_shares_of_processes_and_another_task_are_named(tiny_restorer, capsys):
+    rl.check(replace(SMALL, task="sr4", eta=1.0), tiny_restorer(), 1)
+    assert capsys.readouterr().err == ""
+    rl.check(replace(SMALL, task="derain", eta=1.0), tiny_restorer(), 1)
+    assert "has learned sr, --task is derain" in capsys.readouterr().err
     for changes in ({"inputs": 5}, {"pool": 7}):
         with pytest.raises(UserError, match="2 processes"):
             rl.check(replace(SMALL, **changes), tiny_restorer(), 2)
@@ -360,3 +369,6 @@ def test_two_processes_give_the_weights_of_one(script, words, start, tmp_path, t
                 for name in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=2e-5)
+    last, same = (rows(tmp_path / name)[-1] for name in ("one", "two"))  # of all processes
+    for name in {"rl_loss", "sft_loss", "kl", "approx_kl", "loss"} & last.keys():
+        assert same[name] == pytest.approx(last[name], rel=1e-2, abs=1e-9)

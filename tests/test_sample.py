@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+import sample
 from sample import (clip_of, ddim_step, draw, ramp, replay, restore, rollout, targets, tile_starts,
                     time_grid)
 from utils import UserError, write_image
@@ -37,10 +38,11 @@ def test_step_equals_diffusers(kind, eta, spacing, more, gen):
         torch.testing.assert_close(ours.x0[k], theirs.pred_original_sample, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("offset, steps", ((1, 1000), (1, 50), (0, 6)))
-def test_any_number_of_steps_stays_within_the_schedule(offset, steps):
-    t, a, b = time_grid(make_scheduler(steps_offset=offset, set_alpha_to_one=False), steps)
-    assert len(t) == steps and 0 <= t.min() and t.max() <= 999 and (b >= a).all()
+@pytest.mark.parametrize("spacing", ("leading", "trailing", "linspace"))
+@pytest.mark.parametrize("offset, steps", ((1, 1000), (1, 50), (0, 6), (0, 7)))
+def test_any_number_of_steps_stays_within_the_schedule_and_ends_it(offset, steps, spacing):
+    t, a, b = time_grid(make_scheduler(spacing=spacing, steps_offset=offset), steps)
+    assert len(t) == steps and 0 <= t.min() and t.max() <= 999 and (b >= a).all() and b[-1] == 1
 
 
 def test_log_prob_is_the_mean_gaussian_density_and_its_gradient_the_score(gen):
@@ -107,6 +109,21 @@ def test_tiles_of_a_local_network_give_the_whole(tiny_restorer, gen):
                     for tile in (256, 40))
     torch.testing.assert_close(whole, tiled, rtol=1e-4, atol=1e-4)
     assert ramp(5).tolist() == [1, 2, 3, 2, 1]
+
+
+def test_restore_has_tiles_as_large_as_its_training_and_few_pixels_at_once(tiny_restorer, gen,
+                                                                          monkeypatch):
+    restorer, seen = tiny_restorer(), []
+    lq = torch.rand(3, 3, 16, 320, generator=gen) * 2 - 1
+    restorer.predict = lambda z, t, c: seen.append((len(z), z.shape[-1])) or 0.3 * z - 0.2 * c
+    restore(restorer, lq, 2, 1.0, torch.Generator().manual_seed(1))
+    assert set(seen) == {(3, 256)}
+    seen.clear()
+    restorer.defaults["size"] = 320
+    whole = restore(restorer, lq, 2, 1.0, torch.Generator().manual_seed(1))
+    monkeypatch.setattr(sample, "PIXELS", 2 * 16 * 320)
+    parts = restore(restorer, lq, 2, 1.0, torch.Generator().manual_seed(1))
+    assert seen == [(3, 320)] * 2 + [(2, 320)] * 2 + [(1, 320)] * 2 and torch.equal(whole, parts)
 
 
 @pytest.mark.parametrize("height, width", ((16, 16), (19, 33), (3, 5), (70, 41)))
