@@ -362,6 +362,8 @@ def open_split(cfg, split):
     files = [(name, None, path) for name, path in named_images(home, "--data").items()] \
         if cfg.data else match_pairs(cfg.lq, cfg.hq, cfg.match)
     by_folder = all(Path(home, part).is_dir() for part in SHIPPED)
+    if not by_folder and any(Path(home, part).is_dir() for part in SHIPPED):
+        utils.note(f"{home}: not all of train/, val/ and test/ are there: split by names instead")
     parts = [name.split("/")[0] if by_folder else split_of(name) for name, _, _ in files]
     files = [file for file, part in zip(files, parts) if split in (part, "all")]
     if not files:
@@ -454,6 +456,8 @@ def held_out(source, degrade, size, count):
 def whole(source, degrade, index):
     """Image `index`, whole: (lq, hq), (1, 3, H, W) in [-1, 1]."""
     lq, hq = source[index]
+    if min(hq.shape[1:]) < 16:
+        raise utils.UserError(f"{source.paths[index][1]}: has a side under 16 pixels; remove it")
     hq = hq[None].float() / 127.5 - 1
     if lq is None:
         return degrade(hq, utils.generator(0, 4, index))[0], hq

@@ -76,7 +76,7 @@ def iqa_gap(reward, reward_hq):
 
 def median_spread(distance):
     """(median, interquartile range / 1.349) of distances (N,), NaN left out; the spread is > 0."""
-    low, middle, high = torch.nanquantile(distance, torch.tensor([0.25, 0.5, 0.75]))
+    low, middle, high = torch.nanquantile(distance, distance.new_tensor([0.25, 0.5, 0.75]))
     return middle.item(), max((high - low).item() / 1.349, 1e-6)
 
 

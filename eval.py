@@ -34,8 +34,8 @@ from model import load
 from reward import load as load_reward
 from reward import psnr, psnr_y, ready, ssim
 from sample import restore
-from utils import (atomic, generator, new_run, option, parse, pick_device, run_main, to_uint8,
-                   write_rows)
+from utils import (UserError, atomic, generator, new_run, option, parse, pick_device, run_main,
+                   to_uint8, write_rows)
 
 INSTRUMENTS = ["judge", "judge2", "pyiqa:lpips", "pyiqa:brisque"]  # in every table
 OF_SETS = ("pyiqa:brisque ↓", "pyiqa:niqe ↓")                      # need 192 pixels or more
@@ -352,6 +352,8 @@ class Config:
 
 def main():
     cfg, folders = parse(Config, positional="folders of saved restorers")
+    if 0 < cfg.size < 16:
+        raise UserError(f"--size {cfg.size}: must be 0, whole images, or at least 16")
     out = new_run(cfg.out) if cfg.out else None
     device = pick_device()
     restorers = {name: load(name, device=device, dtype=cfg.dtype) for name in folders}

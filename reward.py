@@ -55,6 +55,8 @@ def psnr_y(images, refs):
 
 def ssim(images, refs):
     """Structural similarity in [-1, 1], mean over RGB and pixels (Wang et al. 2004); -> (B,)."""
+    if min(images.shape[2:]) < 11:
+        raise UserError("ssim: needs 11 x 11 pixels; give larger images, or a smaller --border")
     x, y = (images + 1) / 2, (refs + 1) / 2  # eq. 13, window 11, sigma 1.5, no border
     line = torch.exp(-torch.arange(-5, 6, device=x.device, dtype=x.dtype) ** 2 / (2 * 1.5 ** 2))
     window = torch.outer(line, line).expand(3, 1, 11, 11) / line.sum() ** 2

@@ -198,7 +198,7 @@ def update(loss_of, restorer, average, optimizer, batches, lq, gen, accelerator,
     if "ratio_error" in row:
         row["ratio_error"] = accelerator.gather(logs[0]["ratio_error"]).max().item()
     if not math.isfinite(row["grad_norm"]):
-        raise UserError("the gradient is not finite; lower --lr, and --resume from the checkpoint")
+        raise UserError("the gradient is not finite; lower --lr; --resume if it saved anything")
     return row | shares
 
 
@@ -332,7 +332,8 @@ def train(cfg, step_loss=step_loss):
         state, info = load_checkpoint(out / "checkpoint.safetensors")
         check_resume(cfg, info["config"], RESUMED)
         if info["photographs"] != photographs:
-            raise UserError("--resume: the training photographs are other ones now; start anew")
+            raise UserError("--resume: the training photographs are other ones now; give them back "
+                            "(a broken one: another under its name), or start anew")
         for part, name in ((restorer, "weights"), (average, "average"), (memory, "memory")):
             part.load_state_dict(state[name])
         load_optimizer(optimizer, state["optimizer"])
@@ -402,7 +403,10 @@ def train(cfg, step_loss=step_loss):
         save_curves(out / "curves.png", rows, "iteration")
         print(f"kept the average of iteration {chosen}, by its validation scores" if chosen else
               "nothing beat the SFT restorer within --max-drop: model/ is the SFT restorer")
-        report(cfg, reference, average, scorer, test_source, degrade, out)
+        try:
+            report(cfg, reference, average, scorer, test_source, degrade, out)
+        except UserError as error:
+            raise UserError(f"{error}; then --resume: all but the report is done") from None
 
 
 def report(cfg, reference, average, judge, source, degrade, out):

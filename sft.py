@@ -150,7 +150,8 @@ def train(cfg):
         state, info = load_checkpoint(out / "checkpoint.safetensors")
         check_resume(cfg, info["config"], RESUMED)
         if info["photographs"] != source.fingerprint():
-            raise UserError("--resume: the training photographs are other ones now; start anew")
+            raise UserError("--resume: the training photographs are other ones now; give them back "
+                            "(a broken one: another under its name), or start anew")
         restorer.load_state_dict(state["weights"])
         average.load_state_dict(state["average"])
         load_optimizer(optimizer, state["optimizer"])

@@ -62,7 +62,9 @@ def one_line(name, remedy):
 def list_images(folder):
     """Image files under `folder`, sorted; follows links, leaves out hidden names and @eaDir."""
     found, seen = [], set()
-    for home, folders, files in os.walk(folder, followlinks=True):
+    def left_out(error):
+        note(f"{error.filename}: left out, cannot be read")
+    for home, folders, files in os.walk(folder, onerror=left_out, followlinks=True):
         if os.path.realpath(home) in seen:  # a link back to a folder above
             folders.clear()
             continue
@@ -116,15 +118,22 @@ def write_image(path, image):
 
 # ---- run folders ----
 
-def new_run(out, resume=False):
-    """Makes the folder of a run. Raises UserError if it holds something, or nothing to resume."""
+def new_run(out, resume=None):
+    """Makes the folder of a run. Raises UserError if it holds something, or nothing to resume.
+
+    resume: of a script that has the flag."""
     out = Path(out)
+    if out.is_file():
+        raise UserError(f"--out {out}: is a file; choose another")
     if resume and not (out / "checkpoint.safetensors").exists():
         raise UserError(f"--resume: no checkpoint in {out}; start without it")
     if not resume and out.exists() and any(out.iterdir()):  # before its first checkpoint: nothing
-        more = ", or go on with --resume" if (out / "checkpoint.safetensors").exists() else ""
+        resumable = resume is not None and (out / "checkpoint.safetensors").exists()
+        more = ", or go on with --resume" * resumable
         raise UserError(f"--out {out}: is not empty; choose another{more}")
     out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise UserError(f"--out {out}: cannot be written to; choose another")
     return out
 
 
@@ -158,7 +167,8 @@ def write_json(path, value):
 def write_rows(path, rows):
     """A list of dicts -> CSV; the columns are the union of the keys, as they first appear."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    how = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+    with atomic(path) as temporary, open(temporary, "w", **how) as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
@@ -196,8 +206,9 @@ def check_resume(cfg, saved, free):
     """Raises UserError if cfg differs from the dict `saved` in a field that is not in `free`."""
     for key, value in saved.items():
         if key not in free and getattr(cfg, key, value) != value:
-            flag = key.replace("_", "-")
-            raise UserError(f"--resume: the run was started with --{flag} {value}; give the same")
+            flag = "--" + key.replace("_", "-")
+            how = f"without {flag}" if value == "" else f"with {flag} {value}"
+            raise UserError(f"--resume: the run was started {how}; give the same")
 
 
 # ---- command lines ----
@@ -245,7 +256,8 @@ def run_main(main):
     """Runs main(): bad input, a full disk, too little memory -> one line and exit code 2."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # looks for a kernel nobody needs
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(encoding="utf-8")  # Windows would stumble over a ↓ in a table
+        # Windows would stumble over a ↓ in a table, and all over a name that is no UTF-8
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         return main()
     except KeyboardInterrupt:

@@ -7,11 +7,11 @@ reward minus its mean over the batch. See examples/ and rl.step_loss.
     python course/lesson6.py             # noise of the estimators, hacks: runs/course/lesson6.png
 """
 
-import eval
-import kit
+import kit  # first: it puts the scripts on the path
 import reward
 import torch
 import torch.nn.functional as F
+from eval import color_step
 from model import load
 from sample import restore
 from utils import generator
@@ -69,18 +69,21 @@ EDITS = {"sharpen": lambda x: x + 0.5 * (x - blur(x)), "blur": blur,
 def show(count=16):
     """Left: how well 64 samples show the way. Right: edits of restored crops, changes of scores."""
     figure, ((left, right),) = kit.panels(1, 2, 5, 3.4)
-    dimensions, gen, cosines = [2 ** n for n in range(1, 15)], generator(7), []
+    dimensions, gen = [2 ** n for n in range(1, 15)], generator(7)
+    ways = {"policy_gradient": [], "path_gradient": []}
     for size in dimensions:
         slope, noise = torch.randn(size, generator=gen), torch.randn(64, size, generator=gen)
-        found = policy_gradient(noise @ slope, noise, 1.0)
-        cosines.append(F.cosine_similarity(found, slope, dim=0))
-    left.semilogx(dimensions, cosines, ".-", label="policy_gradient")
-    left.semilogx(dimensions, [1] * len(dimensions), label="path_gradient")
+        found = (policy_gradient(noise @ slope, noise, 1.0),
+                 path_gradient(lambda x: x @ slope, torch.zeros(size), noise, 1.0))
+        for cosines, way in zip(ways.values(), found):
+            cosines.append(F.cosine_similarity(way, slope, dim=0))
+    for name, cosines in ways.items():
+        left.semilogx(dimensions, cosines, ".-", label=name)
     left.set(xlabel="dimensions", title="cosine with the true gradient, linear reward")
     left.legend()
     lq, hq = kit.crops(count)
     scores = {"judge": reward.load("judge"), "judge2": reward.load("judge2"),
-              "psnr_y": reward.psnr_y, "ssim": reward.ssim, "color step": eval.color_step}
+              "psnr_y": reward.psnr_y, "ssim": reward.ssim, "color step": color_step}
     restored = restore(load("", "sr"), lq, 0, -1, generator(8))
     table = what_hacks_what(list(EDITS.values()), list(scores.values()), restored, hq)
     right.imshow(table / table.abs().max(0).values, cmap="PiYG", vmin=-1.5, vmax=1.5, aspect="auto")

@@ -34,6 +34,16 @@ def test_a_linear_score_is_fooled_as_far_as_the_radius_and_the_range_allow():
     assert images.equal(before) and not fooled.requires_grad
 
 
+def test_a_step_is_twice_the_radius_over_the_number_of_steps():
+    seen, images = [], torch.zeros(1, 3, 8, 8)
+
+    def score(x):
+        seen.append(x.detach())
+        return x.sum((1, 2, 3))
+    fool(score, images, 0.08, 8)
+    torch.testing.assert_close(seen[1], images + 0.02)
+
+
 def test_each_step_looks_at_the_gradient_again():
     peak = 0.97
     fooled = fool(lambda x: -(x - peak).square().sum((1, 2, 3)), torch.full((1, 3, 8, 8), 0.96),

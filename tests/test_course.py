@@ -46,6 +46,14 @@ def test_every_test_of_a_lesson_fails_until_its_holes_are_filled(copy):
     assert done.returncode == 2 and done.stderr.endswith("is not filled yet\n"), done.stderr
 
 
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_a_lesson_finds_the_scripts_by_itself(lesson, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    done = subprocess.run([sys.executable, f"course/{lesson}.py"], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and done.stderr.endswith("is not filled yet\n"), done.stderr
+
+
 def test_the_solutions_fill_the_holes(copy):
     for lesson in LESSONS:
         path = copy / "course" / f"{lesson}.py"

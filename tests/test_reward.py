@@ -45,6 +45,8 @@ def test_psnr_and_ssim_equal_scikit_image(pairs):
     luma = reward.luma(pairs[0])[1, 0]  # with its offset of 16
     torch.testing.assert_close(luma, torch.from_numpy(luma_x).float(), atol=1e-5, rtol=0)
     assert reward.psnr(pairs[1], pairs[1]).tolist() == [100] * 6
+    with pytest.raises(UserError, match="ssim: needs 11 x 11"):
+        reward.ssim(pairs[0][..., :10], pairs[1][..., :10])
 
 
 def test_views_are_the_symmetries_of_a_square_and_leave_out_nan(gen):

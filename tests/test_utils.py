@@ -82,17 +82,20 @@ def test_checkpoints_runs_and_rows(tmp_path):
     assert torch.equal(found["a"]["b"], state["a"]["b"]) and found["a"][0]["x"].shape == (2, 2)
     assert utils.new_run(run, resume=True) == run
     utils.check_resume(Config(), {"lr": 1.0, "mode": "a"}, ["lr"])
-    utils.write_rows(tmp_path / "rows.csv", [{"a": 1}, {"a": 2, "é": 3}])
-    assert (tmp_path / "rows.csv").read_bytes().decode("utf-8").split() == ["a,é", "1,", "2,3"]
+    utils.write_rows(tmp_path / "rows.csv", [{"a": 1}, {"a": 2, "é": "\udce9"}])  # no UTF-8
+    found = (tmp_path / "rows.csv").read_bytes()
+    assert found.split() == ["a,é".encode(), b"1,", b"2,\xe9"]
 
 
 @pytest.mark.parametrize("function, words, message", (
     (read_image, ["full/cut.png"], "cut.png: cannot be used.*remove"),
     (utils.write_image, ["x.jpgg", torch.zeros(3, 8, 8)], "x.jpgg: no kind of image.*png"),
     (utils.new_run, ["full"], "--out full: is not empty"),
+    (utils.new_run, ["full/cut.png"], "--out full/cut.png: is a file"),
     (utils.new_run, ["full", True], "--resume: no checkpoint in full"),
     (utils.load_checkpoint, ["full/cut.png"], "cut.png: cannot be used"),
     (utils.check_resume, [Config(), {"lr": 1.0, "mode": "b"}, ["lr"]], "started with --mode b"),
+    (utils.check_resume, [Config(), {"mode": ""}, []], "started without --mode; give the same"),
     (parse, [Config, ["--mode", "c"]], "--mode"), (parse, [Config, ["--lr", "nan"]], "--lr nan"),
     (parse, [Config, ["--mod", "a"]], "--mod")))
 def test_bad_input_is_named_in_one_line(function, words, message, tmp_path, monkeypatch):
