@@ -188,7 +188,8 @@ def format_table(rows):
 
 
 def format_differences(rows, base, names):
-    """Markdown: each of `names` minus `base`, mean ± half of its 95 % interval; their mean."""
+    """Markdown: each of `names` minus `base`, mean ± half of its 95 % interval; also of the means
+    of several restorers, over these."""
     lines, means = {}, {key: [] for key in rows[base]}
     for name in names:
         lines[name] = {}
@@ -198,8 +199,9 @@ def format_differences(rows, base, names):
                 means[key].append(mean_error(rows[name][key] - others)[0])
     count = len(next(iter(means.values())))
     if count > 1:
-        lines[f"mean of {count} ± error over them"] = {
-            key: cell(*mean_error(torch.tensor(x)), "+") for key, x in means.items()}
+        lines[f"mean of {count}, 95 % over them"] = {
+            key: cell(*interval(torch.tensor(x), torch.zeros(count)), "+")
+            for key, x in means.items()}
     return markdown(f"minus {base}, 95 %", list(rows[base]), lines)
 
 
@@ -216,16 +218,16 @@ def write_scores(path, rows, names):
 
 
 def gain_on_front(points, psnr_drop):
-    """The largest gain of the sampler's front at a drop of PSNR-Y, dB; 0 where nothing is lost.
+    """The largest gain of the sampler's front at a drop of PSNR-Y, dB; NaN beyond its reach.
 
-    points: (drop, gain) of other steps and eta; two of them mixed, some images by one and some by
-    the other, give all that lies between.
+    points: (drop, gain) of other steps and eta, a drop below 0 is a gain of PSNR-Y; two of them
+    mixed, some images by one and some by the other, give all that lies between.
     """
-    front = [(0.0, 0.0), *(point for point in points if point[0] > 0)]
+    front = [(0.0, 0.0), *points]
     gains = [gain for drop, gain in front if drop <= psnr_drop]
     gains += [low + (high - low) * (psnr_drop - near) / (far - near)
               for near, low in front for far, high in front if near <= psnr_drop < far]
-    return max(gains, default=0.0)
+    return max(gains, default=math.nan)
 
 
 def format_front(rows, base, others, names, key="pyiqa:lpips ↓"):
@@ -236,8 +238,9 @@ def format_front(rows, base, others, names, key="pyiqa:lpips ↓"):
     for name in names:
         drop, gain = change(name)
         front = gain_on_front(points, drop)
+        times = f", {gain / front:.1f} times" if front > 0 else ""
         lines.append(f"{name}: {key} gains {gain:.4f} at {-drop:+.2f} dB of psnr_y; the sampler's "
-                     f"own front {front:.4f}" + (f", {gain / front:.1f} times" if front else ""))
+                     f"own front {front:.4f}{times}")
     return "\n".join(lines)
 
 

@@ -16,10 +16,12 @@ How to read a table
     photographs ± over seeds, halves of 95 % intervals by Student's t. Crops of a photograph are no
     independent witnesses: they are averaged first, then the seeds (and photographs vary), or the
     reverse. No interval holds both; the wider is the safer. Zeros: the SFT restorer was kept.
- 2. p: the paired t-test over photographs of the first row against another. Of twenty such tests
-    one is below 0.05 by chance.
+ 2. p, of the first row against another: the larger one of two paired t-tests, over photographs
+    and over seeds. Of twenty such tests one is below 0.05 by chance, and a table has more: LPIPS
+    decides, the rest describes.
  3. brisque is of all crops together: it has no interval over photographs.
- 4. "x front": LPIPS gained, over what the SFT restorer gains by other steps and eta at that PSNR-Y.
+ 4. "x front": LPIPS gained, over what the SFT restorer gains by other steps and eta at that PSNR-Y;
+    in brackets the difference of the two, ± over seeds, on these photographs.
  5. All rows of a claim have the same updates and reward calls, but for those marked *: their
     claim is about the length, or (judge's gradient) the loss itself calls the judge.
  6. Tune with --split val. The test photographs are for what is settled.
@@ -199,13 +201,16 @@ def by_photograph(values, names):
 
 def paired(change):
     """Changes (seeds, photographs) -> (mean, half of the 95 % interval over photographs, the same
-    over seeds, p of the t-test over photographs); NaN where there is only one."""
+    over seeds, the larger p of their t-tests); NaN where there is only one."""
     from scipy.stats import t
-    photographs, seeds = change.nanmean(0), change.nanmean(1)
-    mean, wide = interval(photographs, 0 * photographs)
-    degrees = len(photographs) - 1
-    statistic = abs(mean) / max(wide / t.ppf(0.975, degrees), 1e-12) if degrees else math.nan
-    return mean, wide, interval(seeds, 0 * seeds)[1], 2 * t.sf(statistic, degrees)
+    widths, ps = [], []
+    for values in (change.nanmean(0), change.nanmean(1)):
+        mean, width = interval(values, 0 * values)
+        degrees = int((~values.isnan()).sum()) - 1
+        statistic = abs(mean) / max(width / t.ppf(0.975, degrees), 1e-12) if degrees else math.nan
+        widths.append(width)
+        ps.append(2 * t.sf(statistic, degrees))
+    return change.nanmean().item(), *widths, max(ps) if not any(map(math.isnan, ps)) else math.nan
 
 
 def cell(mean, over_photographs, over_seeds, p=math.nan):
@@ -219,13 +224,14 @@ def changes_of(rows, names, models):
     {"SFT, steps, eta": {metric: mean minus SFT}})."""
     def means(scores):
         return {key: by_photograph(torch.atleast_2d(x), names) for key, x in scores.items()}
-    sft = means(rows["sft"])
-    change = {name: {key: x - sft[key] for key, x in means(scores).items()}
+    sft = rows["sft"]
+    change = {name: means({key: x - sft[key] for key, x in scores.items()})
               for name, scores in models.items()}
-    front = {name.replace("sft", "SFT"): {key: (x - sft[key]).mean().item()
-                                          for key, x in means(rows[name]).items()}
-             for name in rows if name.startswith("sft, ")}
-    return change, {key: x.mean().item() for key, x in sft.items()}, front
+    front = {name.replace("sft", "SFT"): means({key: x - sft[key] for key, x in scores.items()})
+             for name, scores in rows.items() if name.startswith("sft, ")}
+    front = {name: {key: x.nanmean().item() for key, x in row.items()}
+             for name, row in front.items()}
+    return change, {key: x.nanmean().item() for key, x in means(sft).items()}, front
 
 
 def lost_and_gained(front):
@@ -233,19 +239,30 @@ def lost_and_gained(front):
     return [(0.0, 0.0), *((-row["psnr_y"], -row[LPIPS]) for row in front.values() if LPIPS in row)]
 
 
+def beside_front(row, points):
+    """A cell: gain of LPIPS over the front's, and beyond it by how much, ± over seeds."""
+    gains, drops = (-row[key].nanmean(1) for key in (LPIPS, "psnr_y"))
+    own = torch.tensor([gain_on_front(points, drop) for drop in drops.tolist()])
+    if own.isnan().any() or drops.max() > max(points)[0]:
+        return "front ends before"
+    at_mean = gain_on_front(points, drops.mean().item())
+    times = f"{gains.mean().item() / at_mean:.1f} " if at_mean > 5e-4 else ""
+    mean, width = interval(gains, own)
+    return f"{times}({mean:+.4f}" + (")" if math.isnan(width) else f" ± {width:.4f})")
+
+
 def table_rows(change, sft, front, minutes):
     """{first cell: {column: text}}: SFT, each row minus it, the settings of the front that are
     nearest to them in PSNR-Y, the first row minus each other."""
     lines = {"SFT": {key: f"{x:.2f}" if x >= 5 else f"{x:.4f}" for key, x in sft.items()}}
     for name, row in change.items():
-        lines[name] = {key: cell(*paired(x)[:3]) for key, x in row.items()}
-        lines[name]["minutes"] = f"{minutes[name]:.1f}"
+        kept = row["psnr_y"].any(1)  # a seed in which nothing changed kept the SFT restorer
+        line = name if kept.all() else f"{name} ({int(kept.sum())} of {len(kept)} kept)"
+        lines[line] = {key: cell(*paired(x)[:3]) for key, x in row.items()}
+        lines[line]["minutes"] = f"{minutes[name]:.1f}"
         if LPIPS in row:
-            gain, drop = (-row[key].mean().item() for key in (LPIPS, "psnr_y"))
-            points = lost_and_gained(front)
-            own = gain_on_front(points, drop)
-            beside = f"{gain / own:.1f}" if own > 5e-4 else "front: none"
-            lines[name]["x front"] = beside if drop <= max(points)[0] else "front ends before"
+            lines[line]["x front"] = beside_front(row, lost_and_gained(front))
+            drop = -row["psnr_y"].nanmean().item()
             near = min(front, key=lambda setting: abs(front[setting]["psnr_y"] + drop))
             lines[near] = {key: cell(x, math.nan, math.nan) for key, x in front[near].items()}
     first, *others = change
@@ -271,7 +288,7 @@ def draw(path, groups, courses):
     means = [(0.0, 0.0)]
     for label, change, front in groups:
         points = lost_and_gained(front)
-        drops = torch.linspace(0, max(x for x, _ in points), 60)
+        drops = torch.linspace(min(points)[0], max(points)[0], 60)
         gains = torch.tensor([gain_on_front(points, drop) for drop in drops.tolist()])
         plane.plot(-drops, -gains, "--", color="grey", label=f"front of SFT{label}")
         plane.plot(*zip(*[(-x, -y) for x, y in points]), ".", color="grey")

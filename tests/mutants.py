@@ -164,7 +164,7 @@ MUTANTS = {
         ("values = values[~values.isnan()]", "pass"),
         ("values - others)\n    count", "others - values)\n    count"),
         ("t.ppf(0.975, count - 1)", "t.ppf(0.95, count - 1)"),
-        ("points if point[0] > 0)", "points)"),
+        ("front = [(0.0, 0.0), *points]", "front = [(0.0, 0.0), *(x for x in points if x[0] > 0)]"),
         ("if drop <= psnr_drop]", "]"),
         ("return 8 * top, 8 * left", "return top, left"),
         ("if score > best else \"\"", "if score < best else \"\""),

@@ -87,15 +87,18 @@ def test_tables_say_mean_error_and_difference():
     assert "| sft | 0.6000 ± 0.1000 | 30.00 |" in table and "| hq | 0.9000 ± 0.0000 | - |" in table
     difference = format_differences(rows, "sft", ["rl", "rl2"])
     assert "| rl | +0.15 ± 0.64 | -2.0000 |" in difference
-    assert "| mean of 2 ± error over them | +0.1750 ± 0.0250 | -2.50 ± 0.50 |" in difference
+    assert "| mean of 2, 95 % over them | +0.17 ± 0.32 | -2.50 ± 6.35 |" in difference
 
 
 def test_the_front_is_the_best_of_its_points_at_the_same_loss():
     points = [(0.1, 0.010), (0.2, 0.014), (0.15, 0.004), (-0.1, 0.02), (0.3, 0.013)]
+    assert [gain_on_front(points, drop) for drop in (-0.1, 0.05, 0.4)] == [0.02] * 3  # free
+    assert math.isnan(gain_on_front(points, -0.11))
+    points[3] = (-0.1, -0.02)
+    assert gain_on_front(points, -0.05) == pytest.approx(-0.01)
     assert gain_on_front(points, 0.05) == pytest.approx(0.005)
     assert gain_on_front(points, 0.15) == pytest.approx(0.012)
     assert gain_on_front(points, 0.4) == pytest.approx(0.014)
-    assert gain_on_front(points, -0.05) == 0
     assert gain_on_front([(0.2, 0.014), (0.1, 0.004)], 0.1) == pytest.approx(0.007)  # a mixture
 
 
