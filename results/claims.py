@@ -345,7 +345,7 @@ def main():
     minutes = {name: statistics.mean(sum(x.get("seconds", 0) for x in log(row.folder / seed)) / 60
                                      for seed in cfg.seeds) for name, row in rows.items()}
     for key, (base, names, models) in found.items():
-        label = f" {' '.join(key)}" if len(found) > 1 else ""
+        label = " ".join(["", *filter(None, key)]) if len(found) > 1 else ""
         change, sft, front = changes_of(base, names, models)
         part = table_rows(change, sft, front, minutes)
         lines |= {name.replace("SFT", f"SFT{label}") if name in ("SFT", *front) else name: x
