@@ -15,7 +15,8 @@ How to read a table
  1. "SFT": means. Other rows: minus SFT, or minus another row of the same seed, as mean ± over
     photographs ± over seeds, halves of 95 % intervals by Student's t. Crops of a photograph are no
     independent witnesses: they are averaged first, then the seeds (and photographs vary), or the
-    reverse. No interval holds both; the wider is the safer. Zeros: the SFT restorer was kept.
+    reverse. No interval holds both; the wider is the safer. "(2 of 5 kept)": in the other seeds
+    RL gained nothing within --max-drop, the SFT restorer was kept, and the changes are 0.
  2. p, of the first row against another: the larger one of two paired t-tests, over photographs
     and over seeds. Of twenty such tests one is below 0.05 by chance, and a table has more: LPIPS
     decides, the rest describes.
