@@ -50,7 +50,8 @@ from model import load, whole
 from reward import load as load_reward
 from reward import views
 from sample import draw, replay, rollout
-from sft import diffusion_loss, draw_noise, learning_rate, load_optimizer, update_average
+from sft import (diffusion_loss, draw_noise, learning_rate, load_optimizer, own_part,
+                 update_average)
 from utils import (UserError, check_resume, generator, load_checkpoint, new_run, note, option,
                    parse, pick_device, run_main, save_checkpoint, write_json, write_rows)
 
@@ -110,11 +111,6 @@ def step_loss(restorer, reference, cfg, batch, k):
 
 
 # ---- the phases of an iteration ----
-
-def own_part(count, accelerator):
-    """The indices of this process, of `count` samples that the processes share."""
-    return torch.arange(count).tensor_split(accelerator.num_processes)[accelerator.process_index]
-
 
 @torch.no_grad()
 def collect(restorer, judge, lq, hq, gen, cfg, accelerator, keep=True):

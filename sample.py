@@ -294,7 +294,7 @@ def main():
         out: str = option("runs/restored", "folder for the PNGs")
         steps: int = option(0, "DDIM steps, up to 1000; 0: as the restorer was trained", least=0)
         eta: float = option(-1.0, "stochasticity, 0: none; -1: as it was trained", least=-1)
-        tile: int = option(0, "largest side that the network sees at once; 0: as it was trained")
+        tile: int = option(0, "largest side that the network sees at once; 0: as trained", least=0)
         seed: int = option(0, "seed of the sampler, the same for every image")
 
     cfg, inputs = parse(Config, positional="image files or folders")

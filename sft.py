@@ -73,6 +73,11 @@ def learning_rate(step, total, peak, warmup, floor=0.0):
     return peak * min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * cosine)
 
 
+def own_part(count, accelerator):
+    """The indices of this process, of `count` samples that the processes share."""
+    return torch.arange(count).tensor_split(accelerator.num_processes)[accelerator.process_index]
+
+
 @torch.no_grad()
 def update_average(average, restorer, decay):
     """average <- decay average + (1 - decay) weights, in place."""
@@ -162,8 +167,7 @@ def train(cfg):
     loader = accelerator.prepare(loader)
 
     # training
-    share = part // accelerator.num_processes
-    own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    own = own_part(part, accelerator)
     bar = tqdm(total=cfg.steps, initial=start, desc="sft", disable=not accelerator.is_main_process)
     for i, (lq, hq) in enumerate(loader, start * cfg.accumulate):
         step = i // cfg.accumulate
