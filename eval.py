@@ -166,7 +166,7 @@ def interval(values, others):
 
 def cell(mean, width, sign=""):
     """"0.123 ± 0.004", without the second half where it is not known."""
-    digits = 2 if abs(mean) >= 5 or width >= 0.1 else 4
+    digits = 2 if abs(mean) >= 1 or width >= 0.1 else 4
     text = f"{mean:{sign}.{digits}f}"
     return text if math.isnan(width) else f"{text} ± {width:.{digits}f}"
 

@@ -12,15 +12,15 @@ Several processes may work in one OUT, each with --seeds of its own (a thread ea
 the call with all seeds then makes the table.
 
 How to read a table
- 1. "SFT": means. Other rows: minus SFT, or minus another row of the same seed, as mean ± over
-    photographs ± over seeds, halves of 95 % intervals by Student's t. Crops of a photograph are no
-    independent witnesses: they are averaged first, then the seeds (and photographs vary), or the
-    reverse. No interval holds both; the wider is the safer. "(2 of 5 kept)": in the other seeds
-    RL gained nothing within --max-drop, the SFT restorer was kept, and the changes are 0.
- 2. p, of the first row against another: the larger one of two paired t-tests, over photographs
+ 1. "SFT": means. Other rows: minus SFT, or minus another row of the same seed, ± half of the 95 %
+    interval by Student's t, the wider of two: over photographs, after the mean over seeds, and over
+    seeds, after the mean over photographs. (Crops of a photograph are no independent witnesses:
+    they are averaged first.) "(2 of 5 kept)": in the other seeds RL gained nothing within
+    --max-drop, the SFT restorer was kept, and the changes are 0.
+ 2. p, of the first row against another, is the larger one of two paired t-tests, over photographs
     and over seeds. Of twenty such tests one is below 0.05 by chance, and a table has more: LPIPS
     decides, the rest describes.
- 3. brisque is of all crops together: it has no interval over photographs.
+ 3. brisque is of all crops together: its interval is over seeds.
  4. "x front": LPIPS gained, over what the SFT restorer gains by other steps and eta at that PSNR-Y;
     in brackets the difference of the two, ± over seeds, on these photographs.
  5. All rows of a claim have the same updates and reward calls, but for those marked *: their
@@ -54,8 +54,8 @@ from variants import METHODS, claims  # noqa: E402
 
 import rl  # noqa: E402
 from data import get_task, held_out, open_split  # noqa: E402
-from eval import (FIDELITY, FRONT, INSTRUMENTS, compare, evaluate, gain_on_front,  # noqa: E402
-                  in_batches, interval, load_metrics, markdown, save_figure)
+from eval import (FIDELITY, FRONT, INSTRUMENTS, cell, compare, evaluate,  # noqa: E402
+                  gain_on_front, in_batches, interval, load_metrics, markdown, save_figure)
 from model import load, read_json  # noqa: E402
 from utils import UserError, atomic, option, parse, pick_device, run_main, write_json  # noqa: E402
 
@@ -201,23 +201,16 @@ def by_photograph(values, names):
 
 
 def paired(change):
-    """Changes (seeds, photographs) -> (mean, half of the 95 % interval over photographs, the same
-    over seeds, the larger p of their t-tests); NaN where there is only one."""
-    from scipy.stats import t
+    """Changes (seeds, photographs) -> (mean, half of its 95 % interval, p of a paired t-test): the
+    wider and the larger of those over photographs and over seeds. p: NaN if one cannot be had."""
+    from scipy.stats import ttest_1samp
     widths, ps = [], []
     for values in (change.nanmean(0), change.nanmean(1)):
-        mean, width = interval(values, 0 * values)
-        degrees = int((~values.isnan()).sum()) - 1
-        statistic = abs(mean) / max(width / t.ppf(0.975, degrees), 1e-12) if degrees else math.nan
-        widths.append(width)
-        ps.append(2 * t.sf(statistic, degrees))
-    return change.nanmean().item(), *widths, max(ps) if not any(map(math.isnan, ps)) else math.nan
-
-
-def cell(mean, over_photographs, over_seeds, p=math.nan):
-    digits = 2 if max(abs(mean), 0 if math.isnan(over_seeds) else over_seeds) >= 1 else 4
-    widths = ["-" if math.isnan(x) else f"{x:.{digits}f}" for x in (over_photographs, over_seeds)]
-    return " ± ".join([f"{mean:+.{digits}f}", *widths]) + ("" if math.isnan(p) else f", p {p:.2g}")
+        values = values[~values.isnan()]
+        widths.append(interval(values, 0 * values)[1])
+        ps.append(ttest_1samp(values, 0).pvalue if len(values) > 1 else math.nan)
+    width = max((x for x in widths if not math.isnan(x)), default=math.nan)
+    return change.nanmean().item(), width, torch.tensor(ps).max().item()
 
 
 def changes_of(rows, names, models):
@@ -255,21 +248,23 @@ def beside_front(row, points):
 def table_rows(change, sft, front, minutes):
     """{first cell: {column: text}}: SFT, each row minus it, the settings of the front that are
     nearest to them in PSNR-Y, the first row minus each other."""
-    lines = {"SFT": {key: f"{x:.2f}" if x >= 5 else f"{x:.4f}" for key, x in sft.items()}}
+    lines = {"SFT": {key: cell(x, math.nan) for key, x in sft.items()}}
     for name, row in change.items():
         kept = row["psnr_y"].any(1)  # a seed in which nothing changed kept the SFT restorer
         line = name if kept.all() else f"{name} ({int(kept.sum())} of {len(kept)} kept)"
-        lines[line] = {key: cell(*paired(x)[:3]) for key, x in row.items()}
+        lines[line] = {key: cell(*paired(x)[:2], "+") for key, x in row.items()}
         lines[line]["minutes"] = f"{minutes[name]:.1f}"
         if LPIPS in row:
             lines[line]["x front"] = beside_front(row, lost_and_gained(front))
             drop = -row["psnr_y"].nanmean().item()
             near = min(front, key=lambda setting: abs(front[setting]["psnr_y"] + drop))
-            lines[near] = {key: cell(x, math.nan, math.nan) for key, x in front[near].items()}
+            lines[near] = {key: cell(x, math.nan, "+") for key, x in front[near].items()}
     first, *others = change
     for name in others:
-        gap = {key: change[first][key] - x for key, x in change[name].items()}
-        lines[f"{first} minus {name}"] = {key: cell(*paired(x)) for key, x in gap.items()}
+        line = lines[f"{first} minus {name}"] = {}
+        for key, x in change[name].items():
+            mean, width, p = paired(change[first][key] - x)
+            line[key] = cell(mean, width, "+") + ("" if math.isnan(p) else f", p {p:.2g}")
     return lines
 
 
@@ -295,7 +290,7 @@ def draw(path, groups, courses):
         plane.plot(*zip(*[(-x, -y) for x, y in points]), ".", color="grey")
         lines = {}
         for name, row in change.items():
-            (x, _, wide, _), (y, _, high, _) = (paired(row[key]) for key in ("psnr_y", LPIPS))
+            (x, wide, _), (y, high, _) = (paired(row[key]) for key in ("psnr_y", LPIPS))
             lines.setdefault(name.partition(", ")[0], []).append((x, y, wide, high))
             means.append((x, y))
         for name, line in lines.items():
@@ -306,7 +301,7 @@ def draw(path, groups, courses):
     edge = 0.3 * (high - low) + 1e-3  # cuts long bars and the far front: the rows are what counts
     (left, bottom), (right, top) = (low - edge).tolist(), (high + edge).tolist()
     plane.set(xlabel="PSNR-Y minus SFT, dB", ylabel="LPIPS minus SFT (lower is better)",
-              title="bars: 95 % over seeds", xlim=(left, right), ylim=(bottom, top))
+              title="bars: 95 %", xlim=(left, right), ylim=(bottom, top))
     plane.legend(fontsize=7)
     for axis, key in zip(axes, columns):
         for name, course in courses.items():

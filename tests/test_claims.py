@@ -24,18 +24,17 @@ ALL = [f"C{n}" for n in range(1, 9)]
 
 def test_paired_statistics_are_scipys(gen):
     before, after = torch.randn(2, 5, 7, generator=gen, dtype=torch.float64)
-    mean, wide, seeds, p = claims.paired(after - before)
-    test = stats.ttest_rel(after.mean(0), before.mean(0))
-    low, high = test.confidence_interval(0.95)
-    assert (mean, wide) == pytest.approx(((low + high) / 2, (high - low) / 2))
-    other = stats.ttest_rel(after.mean(1), before.mean(1))
-    low, high = other.confidence_interval(0.95)
-    assert seeds == pytest.approx((high - low) / 2)
-    assert test.pvalue != other.pvalue and p == pytest.approx(max(test.pvalue, other.pvalue))
-    alone = claims.paired((after - before)[:1])  # one seed says nothing about others
-    assert math.isnan(alone[2]) and math.isnan(alone[3])
-    mean, wide, seeds, p = claims.paired(torch.tensor([[1.0], [3.0]]))  # a score of the set
-    assert mean == 2 and math.isnan(wide) and math.isnan(p) and seeds == pytest.approx(12.706, 1e-3)
+    mean, width, p = claims.paired(after - before)
+    tests = [stats.ttest_rel(after.mean(i), before.mean(i)) for i in (0, 1)]
+    low, high = torch.tensor([test.confidence_interval(0.95) for test in tests]).T
+    assert mean == pytest.approx((after - before).mean().item())
+    assert width == pytest.approx((high - low).max().item() / 2)
+    assert (high - low)[0] != (high - low)[1]
+    assert p == pytest.approx(max(test.pvalue for test in tests)) and p != tests[0].pvalue
+    mean, width, p = claims.paired((after - before)[:1])  # one seed says nothing about others
+    assert width > 0 and math.isnan(p)
+    mean, width, p = claims.paired(torch.tensor([[1.0], [3.0]]))  # a score of the set
+    assert mean == 2 and math.isnan(p) and width == pytest.approx(12.706, 1e-3)
 
 
 def test_crops_of_a_photograph_are_averaged_first():
@@ -43,8 +42,6 @@ def test_crops_of_a_photograph_are_averaged_first():
     values = torch.tensor([[1.0, 10, 2, 6], [0.0, 20, math.nan, 4]])
     assert claims.by_photograph(values, names).tolist() == [[3, 10], [2, 20]]
     assert claims.by_photograph(values[:, :1], names).tolist() == [[1], [0]]
-    assert claims.cell(0.0123, 0.004, 0.001, 0.03) == "+0.0123 ± 0.0040 ± 0.0010, p 0.03"
-    assert claims.cell(-1.5, math.nan, 0.25) == "-1.50 ± - ± 0.25"
 
 
 def test_a_table_has_differences_of_rows_and_the_gain_beside_the_front():
@@ -61,9 +58,9 @@ def test_a_table_has_differences_of_rows_and_the_gain_beside_the_front():
     assert claims.lost_and_gained(front)[1] == pytest.approx((0.1, 0.01), rel=1e-3)
     lines = claims.table_rows(change, sft, front, {"x": 1.0, "y": 2.0})
     assert list(lines) == ["SFT", "x", "SFT, 9 steps", "y (1 of 2 kept)", "x minus y"]
-    assert lines["SFT, 9 steps"][claims.LPIPS] == "-0.0100 ± - ± -"
+    assert lines["SFT, 9 steps"][claims.LPIPS] == "-0.0100"
     assert lines["x"]["x front"] == "3.0 (+0.0200 ± 0.0000)"
-    assert lines["x minus y"][claims.LPIPS].startswith("-0.0200 ± 0.1271 ± 0.0000, p 0.3")
+    assert lines["x minus y"][claims.LPIPS].startswith("-0.02 ± 0.13, p 0.3")
     points = claims.lost_and_gained({"a": {"psnr_y": 0.1, claims.LPIPS: -0.02}})  # better by both
     better = {key: x.new_tensor([[0.0]]) - 0.01 for key, x in change["x"].items()}
     better["psnr_y"] = torch.tensor([[0.05]])

@@ -86,7 +86,7 @@ def test_tables_say_mean_error_and_difference():
     table = format_table(rows | {"hq": {"judge": torch.tensor([0.9, 0.9])}})
     assert "| sft | 0.6000 ± 0.1000 | 30.00 |" in table and "| hq | 0.9000 ± 0.0000 | - |" in table
     difference = format_differences(rows, "sft", ["rl", "rl2"])
-    assert "| rl | +0.15 ± 0.64 | -2.0000 |" in difference
+    assert "| rl | +0.15 ± 0.64 | -2.00 |" in difference
     assert "| mean of 2, 95 % over them | +0.17 ± 0.32 | -2.50 ± 6.35 |" in difference
 
 
