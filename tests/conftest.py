@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / x) for x in ("", "tests", "results", "weights", "examples")]
 
 from utils import read_image, write_image  # noqa: E402
 
@@ -20,12 +21,7 @@ def gen():
 def tiny_restorer():
     """Builds a pixel restorer of a few thousand random weights with 4 steps; a fresh one each."""
     from tiny import pixel
-
-    def build():
-        restorer = pixel()
-        restorer.defaults["steps"] = 4
-        return restorer
-    return build
+    return pixel
 
 
 @pytest.fixture(scope="session")

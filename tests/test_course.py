@@ -5,27 +5,17 @@ import csv
 import dataclasses
 import importlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from test_scripts import ROOT, run
 
 import rl
 
-ROOT = Path(__file__).parent.parent
 COURSE = ROOT / "course"
 LESSONS = [f"lesson{number}" for number in range(1, 7)]
 README = (COURSE / "README.md").read_text(encoding="utf-8")
-
-
-def run(*words, folder):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *words], cwd=folder, env=environment,
-                          capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -36,21 +26,18 @@ def copy(tmp_path):
 
 
 def test_every_test_of_a_lesson_fails_until_its_holes_are_filled(copy):
-    assert run("-m", "pytest", "-q", folder=copy).returncode == 5  # not collected from above
-    done = run("-m", "pytest", "course", "-q", "--tb=line", folder=copy)
+    done = run("-m", "pytest", "-q", folder=copy, path=ROOT)
+    assert done.returncode == 5  # not collected from above
+    done = run("-m", "pytest", "course", "-q", "--tb=line", folder=copy, path=ROOT)
     open_holes = re.findall(r"E   NotImplementedError: hole \d, \w+, is not filled", done.stdout)
     failed = re.findall(r"FAILED course/test_(lesson\d)", done.stdout)
     assert done.stdout.splitlines()[-1].startswith(f"{len(open_holes)} failed in"), done.stdout
     assert set(failed) == set(LESSONS)
-    done = run("course/lesson1.py", folder=copy)
-    assert done.returncode == 2 and done.stderr.endswith("is not filled yet\n"), done.stderr
 
 
 @pytest.mark.parametrize("lesson", LESSONS)
-def test_a_lesson_finds_the_scripts_by_itself(lesson, monkeypatch):
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    done = subprocess.run([sys.executable, f"course/{lesson}.py"], cwd=ROOT, capture_output=True,
-                          text=True)
+def test_a_lesson_finds_the_scripts_by_itself(lesson):
+    done = run(f"course/{lesson}.py")
     assert done.returncode == 2 and done.stderr.endswith("is not filled yet\n"), done.stderr
 
 
@@ -65,13 +52,13 @@ def test_the_solutions_fill_the_holes(copy):
         holes = {hole for hole in re.findall(r"hole \d, (\w+), is not", text)}
         assert holes == {x.name for x in tree.body if isinstance(x, ast.FunctionDef)}
         path.write_text(text + answer, encoding="utf-8")  # the later definition counts
-    done = run("-m", "pytest", "course", "-q", "-x", folder=copy)
+    done = run("-m", "pytest", "course", "-q", "-x", folder=copy, path=ROOT)
     assert done.returncode == 0, done.stdout
 
 
 def test_the_notebook_is_made_of_the_course_and_runs_from_top_to_bottom(tmp_path):
     out = tmp_path / "course.ipynb"
-    done = run("course/make_notebook.py", "--crops", "2", "--out", str(out), folder=ROOT)
+    done = run("course/make_notebook.py", "--crops", "2", "--out", out)
     assert done.returncode == 0, done.stderr
     made, kept = (json.loads(path.read_text(encoding="utf-8"))
                   for path in (out, COURSE / "course.ipynb"))

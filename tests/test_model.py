@@ -55,6 +55,7 @@ def test_shapes_ranges_and_scales(restorer):
     assert restorer.decode(100 * z0 + 1, LQ).abs().max() <= 1
     exact, rounded = predict(restorer), predict(restorer.to("cpu", torch.bfloat16))
     assert exact.shape == z0.shape and exact.dtype == rounded.dtype == torch.float32
+    assert torch.equal(exact, rounded) == (restorer.dtype == torch.float32)
 
 
 def test_modulation_or_words_train_and_the_reference_shares_the_rest(restorer):
@@ -92,7 +93,8 @@ def test_what_a_wrapped_net_saves_loads_with_identical_outputs(restorer, tmp_pat
     restorer.defaults["steps"] = 7
     restorer.save(tmp_path / "r")
     loaded = model.load(str(tmp_path / "r"), dtype="bfloat16")
-    assert type(loaded) is type(restorer) and loaded.dtype == torch.bfloat16
+    wanted = restorer.to("cpu", torch.bfloat16).dtype  # float32 on a CPU for which that is slow
+    assert type(loaded) is type(restorer) and loaded.dtype == wanted
     assert (loaded.defaults, loaded.settings) == (restorer.defaults, restorer.settings)
     assert torch.equal(predict(loaded.to("cpu")), expected)
 

@@ -21,7 +21,6 @@ def test_loss_is_zero_at_the_output_that_recovers_z0(kind, tiny_restorer, gen):
     restorer.scheduler = DDIMScheduler(prediction_type=kind)
     a = restorer.scheduler.alphas_cumprod[t]
     z_t, wide = add_noise(z0, eps, a), a.view(-1, 1, 1, 1)
-    torch.testing.assert_close(z_t, wide.sqrt() * z0 + (1 - wide).sqrt() * eps)
     answer = {"epsilon": eps, "sample": z0,
               "v_prediction": (wide.sqrt() * z_t - z0) / (1 - wide).sqrt()}[kind]
     restorer.predict = Mock(return_value=answer)

@@ -1,19 +1,13 @@
 """The ladder from which the judges learn, the list of photographs."""
 
-import sys
-from pathlib import Path
-
+import photographs
 import pytest
 import torch
+import train_judge
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "weights"), str(ROOT / "results")]
-
-import photographs  # noqa: E402
-import train_judge  # noqa: E402
-from data import degrade_sr  # noqa: E402
-from reward import luma, psnr  # noqa: E402
-from utils import read_image  # noqa: E402
+from data import degrade_sr
+from reward import luma, psnr
+from utils import read_image
 
 
 @pytest.fixture

@@ -12,7 +12,9 @@ OFFSET = {"beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_
 
 
 def pixel():
-    return PixelRestorer.create(channels=(8, 16, 16), groups=4)
+    restorer = PixelRestorer.create(channels=(8, 16, 16), groups=4)
+    restorer.defaults["steps"] = 4
+    return restorer
 
 
 def autoencoder(kind, levels, **config):
