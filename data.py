@@ -14,7 +14,7 @@ Chosen here (the paper trains on DIV2K and the like; a laptop should need no dow
  1. Photographs come inside the wheels of scikit-image, matplotlib and pyiqa; `test`, for tables
     only, are five references of TID2013 (Ponomarenko et al. 2015).
  2. A hash of each name splits a folder, so that one photograph more moves no other one: 10 % test,
-    10 % val. Subfolders train, val and test, if all are there, are the split instead.
+    10 % val. Where there is a subfolder train, it and val and test are the split instead.
  3. Training crops are shrunk by 1, 2 or 3: more scales, and the JPEG blocks of sources vanish.
  4. Flat crops teach nothing and are drawn again. lq has 8 bits, as a file has.
 
@@ -111,7 +111,7 @@ def jpeg(image, quality):
     return utils.read_image(file)
 
 
-def add_noise(x, s, generator):
+def gaussian_noise(x, s, generator):
     """y = x + sigma / 255 n, sigma = 5 + 70 s (DnCNN, arXiv 1608.03981; FFDNet, 1710.04026)."""
     return x + (5 + 70 * s) / 255 * white_noise(x, generator)
 
@@ -215,12 +215,13 @@ def degrade_mixed(hq, generator=None, kinds=()):
     return torch.cat(lq), torch.cat(severity)
 
 
-FORMULAS = {"denoise": add_noise, "deblur": blur, "jpeg": compress, "derain": add_rain,
+FORMULAS = {"denoise": gaussian_noise, "deblur": blur, "jpeg": compress, "derain": add_rain,
             "dehaze": add_haze, "lowlight": darken, "real": damage}
 TASKS = {"sr": degrade_sr, "mixed": degrade_mixed}
 TASKS |= {kind: partial(degrade, formula) for kind, formula in FORMULAS.items()}
 TASKS |= {f"sr{n}": partial(degrade_sr, scale=n) for n in (2, 3, 4)}
-TASKS |= {f"denoise{n}": partial(degrade, add_noise, severity=(n - 5) / 70) for n in (15, 25, 50)}
+TASKS |= {f"denoise{n}": partial(degrade, gaussian_noise, severity=(n - 5) / 70)
+          for n in (15, 25, 50)}
 TASKS |= {f"jpeg{n}": partial(degrade, compress, severity=(60 - n) / 50) for n in (10, 20, 30, 40)}
 
 
@@ -255,10 +256,6 @@ class Source:
 
     def __len__(self):
         return len(self.paths)
-
-    def fingerprint(self):
-        """Changes when an image is added, removed or renamed."""
-        return hashlib.sha1(repr(self.names).encode()).hexdigest()
 
     @lru_cache(64)  # the latest images stay decoded
     def __getitem__(self, index):
@@ -339,8 +336,8 @@ def check_fit(lq, hq):
     Reads headers only; so lq and hq must be turned alike, by EXIF or not."""
     with Image.open(lq) as low, Image.open(hq) as high:
         (w, h), (width, height) = low.size, high.size
-    factor = height // h
-    if not factor or height - factor * h >= factor or not 0 <= width - factor * w < factor:
+    factor = max(1, height // h)
+    if (width // factor, height // factor) != (w, h):
         raise utils.UserError(f"{lq} ({w} x {h}), {hq} ({width} x {height}): sizes do not fit; lq "
                               "must be as large as hq or smaller by an integer factor")
 
@@ -361,9 +358,7 @@ def open_split(cfg, split):
         return shipped(split)
     files = [(name, None, path) for name, path in named_images(home, "--data").items()] \
         if cfg.data else match_pairs(cfg.lq, cfg.hq, cfg.match)
-    by_folder = all(Path(home, part).is_dir() for part in SHIPPED)
-    if not by_folder and any(Path(home, part).is_dir() for part in SHIPPED):
-        utils.note(f"{home}: not all of train/, val/ and test/ are there: split by names instead")
+    by_folder = Path(home, "train").is_dir()
     parts = [name.split("/")[0] if by_folder else split_of(name) for name, _, _ in files]
     files = [file for file, part in zip(files, parts) if split in (part, "all")]
     if not files:
@@ -438,7 +433,7 @@ def held_out(source, degrade, size, count):
     if source.paths[0][0]:
         return *pool(source, degrade, size, 0, count), [f"crop {i}" for i in range(count)]
     columns, generator = [], utils.generator(0, 3)
-    for index in progress(range(0, len(source), -(-len(source) // 32)), "decoding"):
+    for index in progress(range(0, len(source), math.ceil(len(source) / 32)), "decoding"):
         found, photograph = [], source[index][1]
         for y in range(0, photograph.shape[1] - size + 1, size):
             for x in range(0, photograph.shape[2] - size + 1, size):

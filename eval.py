@@ -41,7 +41,8 @@ INSTRUMENTS = ["judge", "judge2", "pyiqa:lpips", "pyiqa:brisque"]  # in every ta
 OF_SETS = ("pyiqa:brisque ↓", "pyiqa:niqe ↓")                      # need 192 pixels or more
 FIDELITY = {"psnr_y": psnr_y, "psnr": psnr, "ssim": ssim}
 FRONT = ((0.75, 1), (1.125, 1), (1.25, 1), (1.5, 1), (2, 1), (1, 2), (1, 0.5), (1, 0))
-REGION = 160  # pixels, side of what the picture shows of a photograph
+PIXELS = 2 ** 20  # that are restored at once
+REGION = 160      # pixels, side of what the picture shows of a photograph
 
 
 # ---- metrics ----
@@ -77,9 +78,8 @@ def load_metrics(names, device):
 def mosaic(images):
     """(N, 3, S, S) -> one image (1, 3, rows S, columns S) of them, without an unfinished row."""
     columns = math.isqrt(len(images))
-    rows = len(images) // columns
-    x = images[:rows * columns].unflatten(0, (rows, columns))
-    return x.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)[None]
+    rows = [torch.cat([*row], 2) for row in images.split(columns) if len(row) == columns]
+    return torch.cat(rows, 1)[None]
 
 
 @torch.no_grad()
@@ -100,8 +100,9 @@ def measure(metrics, images, refs, border=0):
 
 
 def in_batches(lq, hq, device):
-    """(N, 3, H, W) twice -> [(lq, hq)] of 32 each on a device."""
-    return list(zip(lq.to(device).split(32), hq.to(device).split(32)))
+    """(N, 3, H, W) twice -> [(lq, hq)] of 32 each, or as many as memory has room for."""
+    part = max(1, min(32, PIXELS // (lq.shape[2] * lq.shape[3])))
+    return list(zip(lq.to(device).split(part), hq.to(device).split(part)))
 
 
 def evaluate(restorer, batches, metrics, steps=0, eta=-1.0, seeds=1, border=0):

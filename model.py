@@ -72,10 +72,10 @@ def load_part(kind, source):
     return network
 
 
-def whole(x):
+def gathered(x):
     """A tensor, or dicts of them, whole, where FSDP gave each process a part; all must call it."""
     if isinstance(x, dict):
-        return {key: whole(value) for key, value in x.items()}
+        return {key: gathered(value) for key, value in x.items()}
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
@@ -172,7 +172,7 @@ class Restorer:
 
     def state_dict(self):
         """name -> tensor of the parameters that train: what a checkpoint needs."""
-        return whole({name: parameter.detach() for name, parameter in self.trainable.items()})
+        return gathered({name: parameter.detach() for name, parameter in self.trainable.items()})
 
     def load_state_dict(self, state):
         for name, parameter in self.trainable.items():
@@ -404,7 +404,7 @@ def load(name, task="sr", device="cpu", dtype="float32", controlnet=""):
             restorer.net.load_state_dict(trained.state_dict())
         if (Path(source) / ADAPTER).exists():
             saved = load_file(Path(source) / ADAPTER)
-            restorer.add_adapter(next(len(x) for name, x in saved.items() if ".lora_A." in name))
+            restorer.add_adapter()
             for name, parameter in restorer.adapter().items():
                 parameter.data.copy_(saved[name])
             restorer.train_only("all")

@@ -17,7 +17,7 @@ Chosen here
  3. No code of a hub is run, only safetensors are read, and weights that lack a part are refused.
 
     python reward.py photo.png                                              # laptop
-    python reward.py out/*.png --metric qrealign-mini --dtype bfloat16      # GPU
+    python reward.py out/*.png --metric qrealign-mini                       # GPU
 """
 
 import contextlib
@@ -248,9 +248,7 @@ CODE = "runs code that comes with its weights; take qrealign-mini"
 UNSAFE = {"piqe": "prefers noise", "entropy": "likes noise", "qalign": CODE, "compare2score": CODE}
 FILES = {  # what pyiqa downloads for some metrics, in torch.hub.get_dir()
     "lpips": ["checkpoints/alexnet-owt-7be5be79.pth", "pyiqa/LPIPS_v0.1_alex-df73285e.pth"],
-    "lpips-vgg": ["checkpoints/vgg16-397923af.pth", "pyiqa/LPIPS_v0.1_vgg-a78928a0.pth"],
-    "dists": ["checkpoints/vgg16-397923af.pth", "pyiqa/DISTS_weights-f5e65c96.pth"],
-    "niqe": ["pyiqa/niqe_modelparameters.mat"], "brisque": ["pyiqa/brisque_svm_weights.pth"]}
+    "brisque": ["pyiqa/brisque_svm_weights.pth"]}
 
 
 def ready(name):
@@ -281,7 +279,7 @@ class PyiqaReward:
         return self.sign * scores.reshape(len(images)).float().to(images.device)
 
 
-def load(name, device="cpu", dtype="auto"):
+def load(name, device="cpu"):
     """A reward by its name, see the top; UserError for one that is unknown or cannot be loaded."""
     head, _, source = name.partition(":")
     if name in REWARDS:
@@ -292,7 +290,6 @@ def load(name, device="cpu", dtype="auto"):
         known = ", ".join([*REWARDS, *JUDGES])
         raise UserError(f"reward {name}: unknown; choose one of {known} (mllm:FOLDER), pyiqa:NAME")
     other = {"source": source, "subfolder": ""} if source else {}
-    other |= {"dtype": dtype} if dtype != "auto" else {}
     return load_judge(**{"device": device} | JUDGES[head] | other)
 
 
@@ -301,13 +298,12 @@ class Config:
     """Scores image files."""
     metric: str = option("judge", "name of a reward, see the top of reward.py")
     ref: list = option([], "reference files, one for each image, in the same order")
-    dtype: str = option("auto", "of a judge", choices=["auto", "float32", "bfloat16", "float16"])
 
 
 def main():
     cfg, files = parse(Config, positional="image files")
     device = pick_device()
-    reward = load(cfg.metric, device, cfg.dtype)
+    reward = load(cfg.metric, device)
     full = cfg.metric in REWARDS or getattr(reward, "full", False)
     if len(cfg.ref) != len(files) and (full or cfg.ref):
         raise UserError(f"--ref: give a reference for each of {len(files)} images, in their order")

@@ -46,14 +46,14 @@ from data import get_task, held_out, open_split, pool
 from difficulty import RewardMemory, advantages, iqa_gap, weights
 from eval import (INSTRUMENTS, compare, describe, evaluate, in_batches, load_metrics,
                   save_curves, save_regions, write_scores)
-from model import load, whole
+from model import gathered, load
 from reward import load as load_reward
 from reward import views
 from sample import draw, replay, rollout
 from sft import (diffusion_loss, draw_noise, learning_rate, load_optimizer, own_part,
                  update_average)
-from utils import (UserError, check_resume, generator, load_checkpoint, new_run, note, option,
-                   parse, pick_device, run_main, save_checkpoint, write_json, write_rows)
+from utils import (UserError, check_resume, generator, load_checkpoint, new_run, note, one_line,
+                   option, parse, pick_device, run_main, save_checkpoint, write_json, write_rows)
 
 UPDATES = 2          # optimizer steps per rollout
 MEMORY = 8           # latest rewards of an input that are remembered
@@ -282,10 +282,8 @@ def check(cfg, restorer, processes):
     learned = restorer.defaults["task"]
     if not any(cfg.task.startswith(kind) for kind in learned.split("+")):
         note(f"--model {cfg.model} has learned {learned}, --task is {cfg.task}")
-    try:
+    with one_line(f"--weight {cfg.weight}", "choose baseline, running or fixed:W"):
         weights(cfg.weight, *torch.ones(3, 2))
-    except ValueError:
-        raise UserError(f"--weight {cfg.weight}: choose baseline, running or fixed:W") from None
 
 
 def train(cfg, step_loss=step_loss):
@@ -314,7 +312,7 @@ def train(cfg, step_loss=step_loss):
 
     # data: training crops that come back, validation crops
     lq, hq = pool(source, degrade, cfg.size, cfg.seed, cfg.pool)
-    photographs = [source.fingerprint(), val_source.fingerprint()]  # a resumed run needs the same
+    photographs = [source.names, val_source.names]
     val = in_batches(*held_out(val_source, degrade, cfg.size, 64)[:2], device)
     memory = RewardMemory(cfg.pool, cfg.steps if cfg.reward_mode == "step" else 1, MEMORY)
     out = Path(cfg.out or f"runs/{cfg.task}-{cfg.seed}")
@@ -326,10 +324,7 @@ def train(cfg, step_loss=step_loss):
     # what a stopped run left, or what the SFT model makes of the pool
     if cfg.resume:
         state, info = load_checkpoint(out / "checkpoint.safetensors")
-        check_resume(cfg, info["config"], RESUMED)
-        if info["photographs"] != photographs:
-            raise UserError("--resume: the training photographs are other ones now; give them back "
-                            "(a broken one: another under its name), or start anew")
+        check_resume(cfg, info, RESUMED, photographs)
         for part, name in ((restorer, "weights"), (average, "average"), (memory, "memory")):
             part.load_state_dict(state[name])
         load_optimizer(optimizer, state["optimizer"])
@@ -362,8 +357,8 @@ def train(cfg, step_loss=step_loss):
             batch["weight"] = weight[batch["own"]].to(device)
 
         # update
-        peak = learning_rate(iteration, cfg.iterations, cfg.lr, WARMUP, FLOOR)
-        optimizer.param_groups[0]["lr"] = peak
+        rate = learning_rate(iteration, cfg.iterations, cfg.lr, WARMUP, FLOOR)
+        optimizer.param_groups[0]["lr"] = rate
         look = (iteration + 1) % LOOK_EVERY == 0 or iteration + 1 == cfg.iterations
         loss_of = functools.partial(step_loss, restorer, reference, cfg)
         logs = update(loss_of, restorer, average, optimizer, batches, lq[ids], gen, accelerator,
@@ -383,7 +378,7 @@ def train(cfg, step_loss=step_loss):
             best = {name: x.clone() for name, x in average.state_dict().items()}
             chosen = iteration + 1
         state = {"weights": restorer.state_dict(), "average": average.state_dict(), "best": best,
-                 "optimizer": whole(optimizer.state_dict()["state"]), "reward_hq": reward_hq,
+                 "optimizer": gathered(optimizer.state_dict()["state"]), "reward_hq": reward_hq,
                  "memory": memory.state_dict(), "distance_sft": distance_sft}
         if main:
             save_checkpoint(out / "checkpoint.safetensors", state, {
@@ -399,10 +394,7 @@ def train(cfg, step_loss=step_loss):
         save_curves(out / "curves.png", rows, "iteration")
         print(f"kept the average of iteration {chosen}, by its validation scores" if chosen else
               "nothing beat the SFT restorer within --max-drop: model/ is the SFT restorer")
-        try:
-            report(cfg, reference, average, scorer, test_source, degrade, out)
-        except UserError as error:
-            raise UserError(f"{error}; then --resume: all but the report is done") from None
+        report(cfg, reference, average, scorer, test_source, degrade, out)
 
 
 def report(cfg, reference, average, judge, source, degrade, out):

@@ -114,12 +114,7 @@ def time_grid(scheduler, steps):
 
 
 def clip_of(scheduler):
-    """The bound on |x0| that a diffusers scheduler asks for, or None.
-
-    ValueError for dynamic thresholding: its steps are not Gaussian.
-    """
-    if scheduler.config.get("thresholding"):
-        raise ValueError("a scheduler with dynamic thresholding is not supported")
+    """The bound on |x0| that a diffusers scheduler asks for, or None."""
     return scheduler.config.clip_sample_range if scheduler.config.get("clip_sample") else None
 
 
@@ -183,21 +178,12 @@ def replay(restorer, path, k, eta):
 
 # ---- images of any size ----
 
-PIXELS = 2 ** 20  # of a batch that are restored at once
-
-
 def tile_starts(length, tile, overlap):
     """Where tiles start that cover `length` and share at least `overlap` with their neighbours."""
     if length <= tile:
         return [0]
     count = math.ceil((length - overlap) / (tile - overlap))
     return [round(i * (length - tile) / (count - 1)) for i in range(count)]
-
-
-def ramp(length):
-    """Rises by one per pixel from both ends: 1, 2, 3, ..., 3, 2, 1, as a (length,) tensor."""
-    rising = torch.arange(1.0, length + 1)
-    return torch.minimum(rising, rising.flip(0))
 
 
 def tiled(restorer, tile):
@@ -218,8 +204,8 @@ def tiled(restorer, tile):
             for x in tile_starts(broad, side, side // 4):
                 own = (..., slice(y * fine, (y + side) * fine), slice(x * fine, (x + side) * fine))
                 part = (..., slice(y * seen, (y + side) * seen), slice(x * seen, (x + side) * seen))
-                height, width = z_t[own].shape[-2:]
-                window = torch.minimum(ramp(height)[:, None], ramp(width)).to(z_t)
+                ramps = [torch.bartlett_window(n + 2, False)[1:-1] for n in z_t[own].shape[-2:]]
+                window = torch.outer(*ramps).to(z_t)  # rises from all four sides
                 total[own] += window * restorer.predict(z_t[own], t, condition[part])
                 weight[own] += window
         return total / weight
@@ -241,25 +227,19 @@ def restore(restorer, lq, steps, eta, generator, tile=0):
     padded = F.pad(lq, (0, right, 0, down), mode=mode)
     condition, noise = draw(restorer, padded, steps, generator)
     predict = tiled(restorer, tile) if max(padded.shape[-2:]) > tile else None
-    images = []
-    part = max(1, PIXELS // (padded.shape[-2] * padded.shape[-1]))
-    for y, c, n in zip(padded.split(part), condition.split(part), noise.split(part, 1)):
-        path = rollout(restorer, c, n.to(lq.device), eta, predict)
-        images.append(restorer.decode(path.z[-1], y)[..., :height, :width])
-    return torch.cat(images)
+    path = rollout(restorer, condition, noise.to(lq.device), eta, predict)
+    return restorer.decode(path.z[-1], padded)[..., :height, :width]
 
 
 # ---- files ----
 
 def targets(inputs, out):
-    """[(file, its PNG in `out`)] of files and folders; folders are searched, their tree is kept.
+    """{its PNG in `out`: file} of files and folders; folders are searched, their tree is kept.
 
     Raises UserError where an input would be written over or restored again, or a PNG is taken.
     """
     from utils import UserError, list_images
-    if out.is_file():
-        raise UserError(f"--out {out}: is a file; choose a folder")
-    pairs = {}
+    files = {}
     for name in map(Path, inputs):
         if not name.exists():
             raise UserError(f"{name}: no such file or folder")
@@ -268,14 +248,12 @@ def targets(inputs, out):
         for file in list_images(name) if name.is_dir() else [name]:
             place = file.relative_to(name) if name.is_dir() else Path(file.name)
             target = (out / place).with_suffix(".png")
-            if target in pairs:
-                raise UserError(f"{pairs[target]}, {file}: both would be {target}; rename one")
-            if target.exists():
-                raise UserError(f"{target}: is there already; choose another --out")
-            pairs[target] = file
-    if not pairs:
+            if target in files or target.exists():
+                raise UserError(f"{file}: {target} is taken; rename it or choose another --out")
+            files[target] = file
+    if not files:
         raise UserError("no images; give image files or folders that hold some")
-    return [(file, target) for target, file in pairs.items()]
+    return files
 
 
 def main():
@@ -304,8 +282,8 @@ def main():
     scale = cfg.scale or {"sr": 4, "sr2": 2, "sr3": 3, "sr4": 4}.get(task, 1)
     steps, eta = restorer.settle(cfg.steps, cfg.eta)
     failed = 0
-    bar = tqdm(files, unit="image")
-    for file, target in bar:
+    bar = tqdm(files.items(), unit="image")
+    for target, file in bar:
         bar.set_postfix_str(file.name)
         try:
             lq = read_image(file)[None]

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data import Crops, get_task, held_out, open_split
 from eval import evaluate, format_table, in_batches, save_curves, save_grid
-from model import in_parts, load, whole
+from model import gathered, in_parts, load
 from sample import wide
 from utils import (UserError, check_resume, generator, load_checkpoint, new_run, option, parse,
                    pick_device, run_main, save_checkpoint, write_json, write_rows)
@@ -153,10 +153,7 @@ def train(cfg):
     accelerator.wait_for_everyone()
     if cfg.resume:
         state, info = load_checkpoint(out / "checkpoint.safetensors")
-        check_resume(cfg, info["config"], RESUMED)
-        if info["photographs"] != source.fingerprint():
-            raise UserError("--resume: the training photographs are other ones now; give them back "
-                            "(a broken one: another under its name), or start anew")
+        check_resume(cfg, info, RESUMED, source.names)
         restorer.load_state_dict(state["weights"])
         average.load_state_dict(state["average"])
         load_optimizer(optimizer, state["optimizer"])
@@ -190,17 +187,17 @@ def train(cfg):
         update_average(average, restorer, EMA)
         bar.update()
         if step % 10 == 9 or step + 1 == cfg.steps:
-            row = {"loss": accelerator.gather(loss.detach()).mean().item()}
-            rows.append({"step": step + 1, **row, "grad_norm": grad_norm.item()})
-            bar.set_postfix({key: f"{value:.3g}" for key, value in row.items()})
+            mean = accelerator.gather(loss.detach()).mean().item()
+            rows.append({"step": step + 1, "loss": mean, "grad_norm": grad_norm.item()})
+            bar.set_postfix(loss=f"{mean:.3g}")
         if (step + 1) % SAVE_EVERY and step + 1 < cfg.steps:
             continue
         state = {"weights": restorer.state_dict(), "average": average.state_dict(),
-                 "optimizer": whole(optimizer.state_dict()["state"])}
+                 "optimizer": gathered(optimizer.state_dict()["state"])}
         if accelerator.is_main_process:
             save_checkpoint(out / "checkpoint.safetensors", state,
                             {"step": step + 1, "rows": rows, "config": asdict(cfg),
-                             "photographs": source.fingerprint()})
+                             "photographs": source.names})
             write_json(out / "config.json", asdict(cfg))
             write_rows(out / "metrics.csv", rows)
 

@@ -62,9 +62,7 @@ def one_line(name, remedy):
 def list_images(folder):
     """Image files under `folder`, sorted; follows links, leaves out hidden names and @eaDir."""
     found, seen = [], set()
-    def left_out(error):
-        note(f"{error.filename}: left out, cannot be read")
-    for home, folders, files in os.walk(folder, onerror=left_out, followlinks=True):
+    for home, folders, files in os.walk(folder, onerror=note, followlinks=True):
         if os.path.realpath(home) in seen:  # a link back to a folder above
             folders.clear()
             continue
@@ -75,7 +73,7 @@ def list_images(folder):
 
 
 @cache  # once for each file
-def note(text):
+def note(text):  # or an OSError
     print(f"note: {text}", file=sys.stderr)
 
 
@@ -110,26 +108,20 @@ def to_uint8(images):
 
 def write_image(path, image):
     """(3, H, W) in [-1, 1] -> 8-bit file, format by the ending of `path`."""
-    if Path(path).suffix.lower() not in IMAGE_ENDINGS:
-        raise UserError(f"{path}: no kind of image; use one of {', '.join(IMAGE_ENDINGS)}")
     with atomic(path) as temporary:
         Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy()).save(temporary)
 
 
 # ---- run folders ----
 
-def new_run(out, resume=None):
-    """Makes the folder of a run. Raises UserError if it holds something, or nothing to resume.
-
-    resume: of a script that has the flag."""
+def new_run(out, resume=False):
+    """Makes the folder of a run. Raises UserError if it holds something, or nothing to resume."""
     out = Path(out)
-    if out.is_file():
-        raise UserError(f"--out {out}: is a file; choose another")
-    if resume and not (out / "checkpoint.safetensors").exists():
+    started = (out / "checkpoint.safetensors").exists()
+    if resume and not started:
         raise UserError(f"--resume: no checkpoint in {out}; start without it")
-    if not resume and out.exists() and any(out.iterdir()):  # before its first checkpoint: nothing
-        resumable = resume is not None and (out / "checkpoint.safetensors").exists()
-        more = ", or go on with --resume" * resumable
+    if not resume and out.is_dir() and any(out.iterdir()):
+        more = ", or go on with --resume" * started
         raise UserError(f"--out {out}: is not empty; choose another{more}")
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
@@ -152,8 +144,6 @@ def atomic(path):
                 file.chmod(0o666 & ~umask)
         shutil.rmtree(path, ignore_errors=True)  # does nothing to a file
         os.replace(temporary, path)
-    except SafetensorError as error:  # a full disk, said in its own way
-        raise OSError(f"{path}: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)
@@ -202,13 +192,19 @@ def load_checkpoint(path):
     return state, info
 
 
-def check_resume(cfg, saved, free):
-    """Raises UserError if cfg differs from the dict `saved` in a field that is not in `free`."""
-    for key, value in saved.items():
+def check_resume(cfg, info, free, photographs):
+    """Raises UserError if the photographs, or settings but those in `free`, are not the run's.
+
+    info: of its checkpoint.
+    """
+    for key, value in info["config"].items():
         if key not in free and getattr(cfg, key, value) != value:
             flag = "--" + key.replace("_", "-")
             how = f"without {flag}" if value == "" else f"with {flag} {value}"
             raise UserError(f"--resume: the run was started {how}; give the same")
+    if info["photographs"] != photographs:
+        raise UserError("--resume: the training photographs are other ones now; give them back "
+                        "(a broken one: another under its name), or start anew")
 
 
 # ---- command lines ----
@@ -263,7 +259,8 @@ def run_main(main):
     except KeyboardInterrupt:
         print("stopped; what was written stays", file=sys.stderr)
         raise SystemExit(130) from None
-    except (UserError, OSError) as error:  # a DataLoader's worker puts its traceback before it
+    except (UserError, OSError, SafetensorError) as error:  # the last: a full disk
+        # a DataLoader's worker puts its traceback before the line
         line = str(error).rpartition("utils.UserError: ")[2]
     except (MemoryError, RuntimeError) as error:
         texts = "out of memory", "allocate memory"

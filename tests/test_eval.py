@@ -64,6 +64,8 @@ def test_evaluate_is_paired_and_averages_its_seeds(tiny_restorer, gen):
     torch.testing.assert_close(three["psnr_y"], (alone(0) + alone(1) + alone(2)) / 3)
     other, _ = evaluate(restorer, batches, {}, steps=2)
     assert not torch.equal(one["psnr_y"], other["psnr_y"])
+    large = in_batches(torch.zeros(5, 3, 512, 1024), torch.zeros(5, 3, 512, 1024), "cpu")
+    assert [len(lq) for lq, _ in large] == [2, 2, 1]  # few pixels at once
     lq, _ = evaluate(None, batches, {})
     assert (lq["psnr_y"] != one["psnr_y"]).all()
     twice, _ = evaluate(restorer, batches * 2, {})  # the same images, but other noise
