@@ -14,7 +14,7 @@ Chosen here (the paper trains on DIV2K and the like; a laptop should need no dow
  1. Photographs come inside the wheels of scikit-image, matplotlib and pyiqa; `test`, for tables
     only, are five references of TID2013 (Ponomarenko et al. 2015).
  2. A hash of each name splits a folder, so that one photograph more moves no other one: 10 % test,
-    10 % val. Where there is a subfolder train, it and val and test are the split instead.
+    10 % val. Subfolders train, val and test, where there is one of them, are the split instead.
  3. Training crops are shrunk by 1, 2 or 3: more scales, and the JPEG blocks of sources vanish.
  4. Flat crops teach nothing and are drawn again. lq has 8 bits, as a file has.
 
@@ -358,7 +358,7 @@ def open_split(cfg, split):
         return shipped(split)
     files = [(name, None, path) for name, path in named_images(home, "--data").items()] \
         if cfg.data else match_pairs(cfg.lq, cfg.hq, cfg.match)
-    by_folder = Path(home, "train").is_dir()
+    by_folder = any(Path(home, part).is_dir() for part in SHIPPED)
     parts = [name.split("/")[0] if by_folder else split_of(name) for name, _, _ in files]
     files = [file for file, part in zip(files, parts) if split in (part, "all")]
     if not files:

@@ -60,7 +60,7 @@ def color_step(images, refs=None):
 def load_metrics(names, device):
     """{name: metric(images, refs) -> (B,)}, each in its own direction; ↓: lower is better.
 
-    A metric of pyiqa whose parameters are not on this machine is left out, which a line says.
+    lpips and brisque are left out where they would have to be fetched, which a line says.
     """
     metrics = {}
     for name in names:

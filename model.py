@@ -212,7 +212,7 @@ class Restorer:
             parts["controlnet"] = seeded(ControlNetModel.from_unet, parts["unet"])
         config = parts["scheduler"].config
         clip = config.get("clip_sample", False)  # other samplers never clip; DDIM's default is to
-        parts["scheduler"] = DDIMScheduler.from_config(config, clip_sample=clip)
+        parts["scheduler"] = DDIMScheduler.from_config(config, clip_sample=clip, thresholding=False)
         return cls(parts.pop(cls.net_name), parts.pop("scheduler"), parts, settings, defaults)
 
     def save(self, folder):
@@ -404,7 +404,7 @@ def load(name, task="sr", device="cpu", dtype="float32", controlnet=""):
             restorer.net.load_state_dict(trained.state_dict())
         if (Path(source) / ADAPTER).exists():
             saved = load_file(Path(source) / ADAPTER)
-            restorer.add_adapter()
+            restorer.add_adapter(next(len(x) for name, x in saved.items() if ".lora_A." in name))
             for name, parameter in restorer.adapter().items():
                 parameter.data.copy_(saved[name])
             restorer.train_only("all")

@@ -252,7 +252,7 @@ FILES = {  # what pyiqa downloads for some metrics, in torch.hub.get_dir()
 
 
 def ready(name):
-    """Whether pyiqa and its FILES of a metric are there, so that nothing has to be downloaded."""
+    """False for a metric of FILES if pyiqa or they are not there: it would have to be fetched."""
     files = [Path(torch.hub.get_dir(), file) for file in FILES.get(name, [])]
     return not files or bool(find_spec("pyiqa")) and all(file.exists() for file in files)
 

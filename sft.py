@@ -213,8 +213,8 @@ def report(restorer, val, rows, out):
     after, images = evaluate(restorer, val, {})
     print(format_table({"lq": before, "restored": after}))
     save_curves(out / "curves.png", rows, "step")
-    lq, hq = val[0]
-    save_grid(out / "before_after.png", {"lq": lq[:8], "restored": images[0][:8], "hq": hq[:8]})
+    columns = zip(("lq", "hq", "restored"), (*zip(*val), images))
+    save_grid(out / "before_after.png", {name: torch.cat(x)[:8] for name, x in columns})
     print(f"wrote {out}/model, metrics.csv, curves.png, before_after.png")
 
 

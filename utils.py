@@ -62,7 +62,10 @@ def one_line(name, remedy):
 def list_images(folder):
     """Image files under `folder`, sorted; follows links, leaves out hidden names and @eaDir."""
     found, seen = [], set()
-    for home, folders, files in os.walk(folder, onerror=note, followlinks=True):
+
+    def left_out(error):
+        note(f"{error}: left out")
+    for home, folders, files in os.walk(folder, onerror=left_out, followlinks=True):
         if os.path.realpath(home) in seen:  # a link back to a folder above
             folders.clear()
             continue
@@ -73,7 +76,7 @@ def list_images(folder):
 
 
 @cache  # once for each file
-def note(text):  # or an OSError
+def note(text):
     print(f"note: {text}", file=sys.stderr)
 
 
@@ -114,14 +117,16 @@ def write_image(path, image):
 
 # ---- run folders ----
 
-def new_run(out, resume=False):
-    """Makes the folder of a run. Raises UserError if it holds something, or nothing to resume."""
+def new_run(out, resume=None):
+    """Makes the folder of a run. Raises UserError if it holds something, or nothing to resume.
+
+    resume: of a script that has the flag."""
     out = Path(out)
     started = (out / "checkpoint.safetensors").exists()
     if resume and not started:
         raise UserError(f"--resume: no checkpoint in {out}; start without it")
     if not resume and out.is_dir() and any(out.iterdir()):
-        more = ", or go on with --resume" * started
+        more = ", or go on with --resume" * (started and resume is not None)
         raise UserError(f"--out {out}: is not empty; choose another{more}")
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):

@@ -62,8 +62,9 @@ def test_a_table_has_differences_of_rows_and_the_gain_beside_the_front():
     better = {key: x.new_tensor([[0.0]]) - 0.01 for key, x in change["x"].items()}
     better["psnr_y"] = torch.tensor([[0.05]])
     assert claims.beside_front(better, points) == "0.5 (-0.0100)"
-    better["psnr_y"] = torch.tensor([[0.2]])
-    assert claims.beside_front(better, points) == "front ends before"
+    for psnr_y in (0.2, -0.2):
+        better["psnr_y"] = torch.tensor([[psnr_y]])
+        assert claims.beside_front(better, points) == "front ends before"
 
 
 @pytest.mark.parametrize("claim", ALL)

@@ -44,9 +44,9 @@ def test_measure_rounds_to_8_bits_cuts_the_border_and_lays_sets_out(gen):
 def test_metrics_keep_their_own_direction_and_missing_ones_are_said(monkeypatch, capsys):
     negated = Mock(sign=-1, side_effect=lambda x, refs: -torch.ones(len(x)))
     monkeypatch.setattr(evaluation, "load_reward", lambda name, device: negated)
-    monkeypatch.setattr(evaluation, "ready", lambda name: name != "dists")
-    metrics = evaluation.load_metrics(["pyiqa:niqe", "pyiqa:dists"], "cpu")
-    assert list(metrics) == ["pyiqa:niqe ↓"] and "pyiqa:dists: left out" in capsys.readouterr().out
+    monkeypatch.setattr(evaluation, "ready", lambda name: name != "lpips")
+    metrics = evaluation.load_metrics(["pyiqa:niqe", "pyiqa:lpips"], "cpu")
+    assert list(metrics) == ["pyiqa:niqe ↓"] and "pyiqa:lpips: left out" in capsys.readouterr().out
     assert metrics["pyiqa:niqe ↓"](torch.zeros(2, 3, 8, 8), None).tolist() == [1, 1]
 
 

@@ -55,7 +55,8 @@ def test_a_page_of_a_run_is_whole_and_has_the_worst_first(tmp_path, photo_folder
     assert harms == sorted(harms, reverse=True) and len(set(harms)) == 4
     assert f"Worst first: {sum(x > 0 for x in harms)} of 4 squares" in page
     plain = re.sub(r'src="data:[^"]*"', "", page)  # nothing is fetched
-    assert not re.search(r"src=|href=|action=|url\(|@import|<link|<iframe|fetch|http", plain)
+    fetching = r"src=|srcset=|href=|action=|url\(|@import|<link|<iframe|fetch|http"
+    assert not re.search(fetching, plain)
     assert len(re.findall('<input type="range"[^>]*aria-label="[^"]+"', plain)) == 4
     with pytest.raises(UserError, match="is there already"):
         gallery.main()

@@ -72,6 +72,8 @@ def test_no_tensor_of_the_processor_meets_one_on_a_pretended_device(name):
         for network in (restorer.net, reference.net, *restorer.networks):
             network.to("cuda")
         path, image, loss, info = one_step(restorer, reference, "cuda")
+        with pytest.raises(RuntimeError, match="on the same device|different devices"):
+            image + torch.ones(2, 3, 32, 32)
         batch = {"path": path, "z0": path.z[-1], "t": torch.tensor([3, 900]), "eps": path.z[0],
                  "weight": path.log_prob[0], "advantage": path.log_prob.T}
         with Waits() as waits:
@@ -168,7 +170,7 @@ def test_card_trains_as_the_cpu_and_resumes(dtype, tmp_path, photo_folder, tiny_
         monkeypatch.setattr(rl, "pick_device", lambda: "cpu")
         AcceleratorState._reset_state(True)  # accelerate keeps the first device of a process
         others.append(run("cpu"))
-        AcceleratorState._reset_state(True)
+    AcceleratorState._reset_state(True)
     for other in others:
         for key, value in whole.items():
             torch.testing.assert_close(other[key], value, rtol=1e-3, atol=5e-4)

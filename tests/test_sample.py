@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+import sample
 from sample import (clip_of, ddim_step, draw, replay, restore, rollout, targets, tile_starts,
                     time_grid)
 from utils import UserError, write_image
@@ -107,6 +108,10 @@ def test_tiles_of_a_local_network_give_the_whole(tiny_restorer, gen):
     whole, tiled = (restore(restorer, lq, 3, 1.0, torch.Generator().manual_seed(1), tile)
                     for tile in (256, 40))
     torch.testing.assert_close(whole, tiled, rtol=1e-4, atol=1e-4)
+    answers = iter((0.0, 1.0))  # of two tiles that share 8 columns: one fades into the other
+    restorer.predict = lambda z, t, c: torch.full_like(z, next(answers))
+    row = sample.tiled(restorer, 32)(torch.zeros(1, 3, 32, 56), None, torch.zeros(1, 3, 32, 56))
+    assert (row[0, 0, 5, 23:33].diff() > 0.05).all() and row[..., 23].max() == 0
 
 
 def test_restore_has_tiles_as_large_as_its_training(tiny_restorer, gen):
