@@ -15,6 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from accelerate import Accelerator
+from tiny import TINY
 
 import rl
 from difficulty import iqa_gap, median_spread
@@ -338,30 +339,38 @@ def test_uneven_shares_of_processes_and_another_task_are_named(tiny_restorer, ca
             rl.check(replace(SMALL, **changes), tiny_restorer(), 2)
 
 
-@pytest.mark.parametrize("start", ("{script}.py", "tests/fsdp.py {script}"))
-@pytest.mark.parametrize("script, words", (
-    ("rl", ["--iterations", 2, "--inputs", 4, "--pool", 4, "--micro-batch", 2, "--views", 1]),
-    ("sft", ["--steps", 3, "--batch", 4])))
-def test_two_processes_give_the_weights_of_one(script, words, start, tmp_path, tiny_restorer,
-                                               photo_folder, monkeypatch):
+RL = ["--inputs", 4, "--pool", 4, "--micro-batch", 2, "--views", 1, "--steps", 4]
+SFT = ["--batch", 4]
+LENGTH = {"rl": "--iterations", "sft": "--steps"}
+
+
+@pytest.mark.parametrize("script, words, family, start", (
+    ("rl", RL, "pixel", "rl.py"), ("rl", RL, "sd-controlnet", "tests/fsdp.py rl"),
+    ("sft", SFT, "sd-controlnet", "sft.py"), ("sft", SFT, "pixel", "tests/fsdp.py sft")))
+def test_two_processes_give_the_weights_of_one_when_resumed_too(script, words, family, start,
+                                                               tmp_path, photo_folder, monkeypatch):
     """Started by torchrun, with gloo, as a user does without a GPU; and with FSDP."""
-    tiny_restorer().save(tmp_path / "start")
+    TINY[family]().save(tmp_path / "start")
     words = [*words, "--data", photo_folder, "--model", tmp_path / "start", "--size", 32,
-             "--dtype", "float32", "--out"]
+             "--trainable", "modulation", "--dtype", "float32"]
+    first, then = [LENGTH[script], "1"], [LENGTH[script], "2", "--resume"]
     module = importlib.import_module(script)
     monkeypatch.setattr(module, "report", lambda *args: None)
-    module.train(parse(module.Config, [*map(str, words), str(tmp_path / "one")]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-         "2", *start.format(script=script).split(), *map(str, words), str(tmp_path / "two")],
-        env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "2 process(es)" in done.stdout and "1 process(es)" not in done.stdout
-    one, two = (load_checkpoint(tmp_path / name / "checkpoint.safetensors")[0]["weights"]
+    for more in (first, then):
+        more = [*map(str, words), *more, "--out"]
+        module.train(parse(module.Config, [*more, str(tmp_path / "one")]))
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+             "2", *start.split(), *more, str(tmp_path / "two")],
+            env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "2 process(es)" in done.stdout and "1 process(es)" not in done.stdout
+    one, two = (load_checkpoint(tmp_path / name / "checkpoint.safetensors")[0]
                 for name in ("one", "two"))
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=2e-5)
+    for part in ("weights", "average"):
+        for name, value in one[part].items():
+            torch.testing.assert_close(two[part][name], value, rtol=1e-3, atol=2e-5)
     last, same = (rows(tmp_path / name)[-1] for name in ("one", "two"))  # of all processes
     for name in {"rl": ("rl_loss", "sft_loss", "kl", "approx_kl"), "sft": ("loss",)}[script]:
         assert same[name] == pytest.approx(last[name], rel=1e-2, abs=1e-9)
