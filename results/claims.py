@@ -276,18 +276,20 @@ def looks(row, seeds):
 
 
 def draw(path, groups, courses):
-    """groups: [(label, change, front)] of the plane; courses: {row: looks}, for C8 only."""
+    """groups: [(change, front)] of the plane; courses: {row: looks}, for C8 only."""
     from matplotlib.figure import Figure
     columns = [key for key in OUTSIDE if courses and all(key in x for x in courses.values())]
     figure = Figure((7 + 3.2 * len(columns), 5), dpi=100, layout="constrained")
     plane, *axes = figure.subplots(1, 1 + len(columns), squeeze=False)[0]
     means = [(0.0, 0.0)]
-    for label, change, front in groups:
+    for number, (change, front) in enumerate(groups):
+        color = f"C{number}" if len(groups) > 1 else None  # of a task and its front
         points = lost_and_gained(front)
         drops = torch.linspace(min(points)[0], max(points)[0], 60)
         gains = torch.tensor([gain_on_front(points, drop) for drop in drops.tolist()])
-        plane.plot(-drops, -gains, "--", color="grey", label=f"front of SFT{label}")
-        plane.plot(*zip(*[(-x, -y) for x, y in points]), ".", color="grey")
+        plane.plot(-drops, -gains, "--", color=color or "grey", linewidth=1,
+                   label="" if color else "front of SFT")
+        plane.plot(*zip(*[(-x, -y) for x, y in points]), ".", color=color or "grey")
         lines = {}
         for name, row in change.items():
             (x, wide, _), (y, high, _) = (paired(row[key]) for key in ("psnr_y", LPIPS))
@@ -295,13 +297,13 @@ def draw(path, groups, courses):
             means.append((x, y))
         for name, line in lines.items():
             x, y, wide, high = torch.tensor(sorted(line)).nan_to_num(0.0).T.tolist()
-            plane.errorbar(x, y, high, wide, elinewidth=0.6, marker="o", markersize=4,
-                           label=name)
+            plane.errorbar(x, y, high, wide, color=color, elinewidth=0.6, marker="o",
+                           markersize=4, label=name)
     low, high = torch.tensor(means).aminmax(dim=0)
     edge = 0.3 * (high - low) + 1e-3  # cuts long bars and the far front: the rows are what counts
     (left, bottom), (right, top) = (low - edge).tolist(), (high + edge).tolist()
     plane.set(xlabel="PSNR-Y minus SFT, dB", ylabel="LPIPS minus SFT (lower is better)",
-              title="bars: 95 %", xlim=(left, right), ylim=(bottom, top))
+              title="bars: 95 %, dashed: the front of SFT", xlim=(left, right), ylim=(bottom, top))
     plane.legend(fontsize=7)
     for axis, key in zip(axes, columns):
         for name, course in courses.items():
@@ -346,7 +348,7 @@ def main():
         part = table_rows(change, sft, front, minutes)
         lines |= {name.replace("SFT", f"SFT{label}") if name in ("SFT", *front) else name: x
                   for name, x in part.items()}
-        groups.append((label, change, front))
+        groups.append((change, front))
     text, name = markdown(claim, [*sft, "x front", "minutes"], lines), f"{claim}-{cfg.split}"
     with atomic(Path(cfg.out, f"{name}.md")) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
