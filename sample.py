@@ -239,6 +239,8 @@ def targets(inputs, out):
     Raises UserError where an input would be written over or restored again, or a PNG is taken.
     """
     from utils import UserError, list_images
+    if out.is_file():
+        raise UserError(f"--out {out}: is a file; choose a folder")
     files = {}
     for name in map(Path, inputs):
         if not name.exists():

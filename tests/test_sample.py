@@ -146,6 +146,7 @@ def test_no_input_is_written_over(tmp_path):
     for inputs, out, words in (
             ([album], album, "lies within"), ([album], album / "out", "lies within"),
             ([album / "a.png"], album, "is taken"), ([], results, "no images"),
+            ([album], album / "b.png", "is a file"),
             ([album / "a.png", album / "sub/a.png"], results, "is taken"),
             ([tmp_path / "none"], results, "no such file")):
         with pytest.raises(UserError, match=words):
