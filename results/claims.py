@@ -115,20 +115,23 @@ def check_settings(cfg):
     write_json(file, now)
 
 
-def done(folder):
-    return (folder / "model").is_dir()  # is written last
+def done(folder, split):
+    """Whether a run is measured, or waits for it: its model is written last."""
+    return (folder / f"{split}.json").exists() or (folder / "model").is_dir()
 
 
 def log(folder):
-    """metrics.csv as a list of {column: float}."""
+    """metrics.csv as a list of {column: float}; [] of a run of which only the scores are there."""
+    if not (folder / "metrics.csv").exists():
+        return []
     with open(folder / "metrics.csv", encoding="utf-8") as file:
         return [{key: float(x) for key, x in row.items() if x} for row in csv.DictReader(file)]
 
 
-def cost(claim, runs):
+def cost(claim, runs, split):
     """A line: what is left to do, and how long it takes. runs: [(Row, folder)]."""
-    left = [row.cfg for row, folder in runs if not done(folder)]
-    seen = [x["seconds"] for _, folder in runs if done(folder) for x in log(folder)[1:]]
+    left = [row.cfg for row, folder in runs if not done(folder, split)]
+    seen = [x["seconds"] for _, folder in runs if done(folder, split) for x in log(folder)[1:]]
     updates, calls = (sum(part) for part in zip((0, 0), *map(budget, left)))
     samples = runs[0][0].cfg.inputs * runs[0][0].cfg.samples
     seconds = statistics.mean(seen or [SECONDS * samples / 128])
@@ -150,20 +153,30 @@ def train(row, folder):
 
 # ---- measurement ----
 
-def stored(file, keys, make):
-    """make() -> {row: {metric: (N,)}}, kept in a JSON file unless a metric of `keys` is new."""
+def by_photograph(values, names):
+    """(N,) of crops "PHOTOGRAPH@y,x" -> (photographs,), means; a score of the set stays (1,)."""
+    owners = [name.partition("@")[0] for name in names]
+    if len(values) != len(owners):
+        return values
+    return torch.stack([values[[owner == one for owner in owners]].nanmean()
+                        for one in dict.fromkeys(owners)])
+
+
+def stored(file, keys, names, make):
+    """make() -> {row: {metric: (N,)}}, N crops; its means over photographs (1, P), kept in a JSON
+    file unless a metric of `keys` is new."""
     known = read_json(file) or {"sft": {}}
     if not set(keys) <= set(known["sft"]):
-        known = {name: {key: x.tolist() for key, x in scores.items()}
-                 for name, scores in make().items()}
+        known = {row: {key: [round(x, 6) for x in by_photograph(values, names).tolist()]
+                       for key, values in scores.items()} for row, scores in make().items()}
         write_json(file, known)
-    return {name: {key: torch.tensor(x) for key, x in scores.items()}
-            for name, scores in known.items()}
+    return {row: {key: torch.tensor([x]) for key, x in scores.items()}
+            for row, scores in known.items()}
 
 
 def measure(cfg, rows):
-    """-> {(task, model): (rows of eval.compare, names of crops, {row: {metric: (S, N)}})}, of S
-    seeds and N crops; N is 1 for a score of the set."""
+    """-> {(task, model): (rows of eval.compare: {metric: (1, P)}, {row: {metric: (S, P)}})}, of S
+    seeds and P photographs; P is 1 for a score of the set."""
     device, found = pick_device(), {}
     metrics = load_metrics(INSTRUMENTS, device)
     keys = [*metrics, *FIDELITY, "color_step ↓"]
@@ -182,23 +195,14 @@ def measure(cfg, rows):
         key = own.task, own.model
         if key not in found:
             file = re.sub(r"[^\w.+-]", "_", f"sft-{'-'.join(key)}-{cfg.split}.json")
-            found[key] = stored(Path(cfg.out, file), keys, base), names, {}
-        seeds = [stored(folder / seed / f"{cfg.split}.json", keys,
+            found[key] = stored(Path(cfg.out, file), keys, names, base), {}
+        seeds = [stored(folder / seed / f"{cfg.split}.json", keys, names,
                         lambda: run(folder / seed / "model"))["sft"] for seed in cfg.seeds]
-        found[key][2][name] = {x: torch.stack([one[x] for one in seeds]) for x in keys}
+        found[key][1][name] = {x: torch.cat([one[x] for one in seeds]) for x in keys}
     return found
 
 
 # ---- statistics, table, figure ----
-
-def by_photograph(values, names):
-    """(S, N) of crops "PHOTOGRAPH@y,x" -> (S, photographs), means; scores of a set stay (S, 1)."""
-    owners = [name.partition("@")[0] for name in names]
-    if values.shape[1] != len(owners):
-        return values
-    parts = [[owner == one for owner in owners] for one in dict.fromkeys(owners)]
-    return torch.stack([values[:, part].nanmean(1) for part in parts], 1)
-
 
 def paired(change):
     """Changes (seeds, photographs) -> (mean, half of its 95 % interval, p of a paired t-test): the
@@ -213,19 +217,16 @@ def paired(change):
     return change.nanmean().item(), width, torch.tensor(ps).max().item()
 
 
-def changes_of(rows, names, models):
-    """-> ({row: {metric: (S, photographs)}} minus SFT, {metric: mean of SFT}, its own front:
+def changes_of(rows, models):
+    """-> ({row: {metric: (S, P)}} minus SFT, {metric: mean of SFT}, its own front:
     {"SFT, steps, eta": {metric: mean minus SFT}})."""
-    def means(scores):
-        return {key: by_photograph(torch.atleast_2d(x), names) for key, x in scores.items()}
     sft = rows["sft"]
-    change = {name: means({key: x - sft[key] for key, x in scores.items()})
+    change = {name: {key: x - sft[key] for key, x in scores.items()}
               for name, scores in models.items()}
-    front = {name.replace("sft", "SFT"): means({key: x - sft[key] for key, x in scores.items()})
+    front = {name.replace("sft", "SFT"): {key: (x - sft[key]).nanmean().item()
+                                          for key, x in scores.items()}
              for name, scores in rows.items() if name.startswith("sft, ")}
-    front = {name: {key: x.nanmean().item() for key, x in row.items()}
-             for name, row in front.items()}
-    return change, {key: x.nanmean().item() for key, x in means(sft).items()}, front
+    return change, {key: x.nanmean().item() for key, x in sft.items()}, front
 
 
 def lost_and_gained(front):
@@ -333,18 +334,18 @@ def main():
     rows = plan(claim, cfg)
     check_settings(cfg)
     runs = [(row, row.folder / seed) for seed in cfg.seeds for row in rows.values()]
-    print(cost(claim, runs), flush=True)
+    print(cost(claim, runs, cfg.split), flush=True)
     for row, folder in runs:
-        if not done(folder):
+        if not done(folder, cfg.split):
             train(row, folder)
-            print(cost(claim, runs), flush=True)
+            print(cost(claim, runs, cfg.split), flush=True)
 
     found, lines, groups = measure(cfg, rows), {}, []
     minutes = {name: statistics.mean(sum(x.get("seconds", 0) for x in log(row.folder / seed)) / 60
                                      for seed in cfg.seeds) for name, row in rows.items()}
-    for key, (base, names, models) in found.items():
+    for key, (base, models) in found.items():
         label = " ".join(["", *filter(None, key)]) if len(found) > 1 else ""
-        change, sft, front = changes_of(base, names, models)
+        change, sft, front = changes_of(base, models)
         part = table_rows(change, sft, front, minutes)
         lines |= {name.replace("SFT", f"SFT{label}") if name in ("SFT", *front) else name: x
                   for name, x in part.items()}

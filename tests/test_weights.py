@@ -1,10 +1,12 @@
-"""The ladder from which the judges learn, the list of photographs."""
+"""The ladder from which the judges learn, the list of photographs, a small autoencoder."""
 
 import photographs
 import pytest
 import torch
+import train_autoencoder
 import train_judge
 
+import model
 from data import degrade_sr
 from reward import luma, psnr
 from utils import read_image
@@ -86,3 +88,16 @@ def test_whitened_patches_have_unit_variance_and_a_fresh_judge_scores(name, gen)
     assert score.shape == (2,) and ((score > 0) & (score < 1)).all()
     view = train_judge.turned(torch.arange(72 * 72).view(1, 1, 72, 72), 5, gen)
     assert view.shape == (1, 1, 64, 64) and len(view.unique()) == 64 * 64
+
+
+def test_an_autoencoder_learns_inside_a_restorer_that_loads(photo_folder, tmp_path):
+    cfg = train_autoencoder.Config(data=str(photo_folder), out=str(tmp_path / "latent"), steps=12,
+                                   batch=2, size=32)
+    hq = read_image(photo_folder / "test/cat.png")[None, :, :64, :64]
+
+    def error(restorer):
+        return (restorer.decode(restorer.encode(hq, None), None) - hq).square().mean()
+    train_autoencoder.train(cfg)
+    trained = model.load(str(tmp_path / "latent/model"))
+    assert trained.latent_shape(hq) == trained.encode(hq, None).shape == (1, 3, 32, 32)
+    assert error(trained) < 0.7 * error(train_autoencoder.build())
