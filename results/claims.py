@@ -8,6 +8,7 @@
 Each row of a table (results/variants.py) is rl.py with a few settings changed, once for each seed,
 measured on the photographs of --split. Claims share their runs: OUT/SETTINGS/SEED is made once. A
 call that was stopped is given again: finished runs are kept, another goes on from its checkpoint.
+Of a finished run its scores are enough: results/scores/C5, copied to OUT, gives the table of C5.
 Several processes may work in one OUT, each with --seeds of its own (a thread each, or one card);
 the call with all seeds then makes the table.
 
@@ -254,7 +255,8 @@ def table_rows(change, sft, front, minutes):
         kept = row["psnr_y"].any(1)  # a seed in which nothing changed kept the SFT restorer
         line = name if kept.all() else f"{name} ({int(kept.sum())} of {len(kept)} kept)"
         lines[line] = {key: cell(*paired(x)[:2], "+") for key, x in row.items()}
-        lines[line]["minutes"] = f"{minutes[name]:.1f}"
+        if minutes[name]:  # else only the scores are there
+            lines[line]["minutes"] = f"{minutes[name]:.1f}"
         if LPIPS in row:
             lines[line]["x front"] = beside_front(row, lost_and_gained(front))
             drop = -row["psnr_y"].nanmean().item()

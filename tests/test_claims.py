@@ -217,3 +217,18 @@ def test_the_hacking_curve_has_outside_metrics_at_each_look(call, tmp_path):
     expected = [(a - steps[0][0] + b - steps[1][0]) / 2 for a, b in zip(*steps)]
     assert course["val_judge2"] == pytest.approx(expected) and course["val_reward"][0] == 0
     assert (tmp_path / "out/C8-test.png").exists()
+
+
+def test_the_published_table_is_that_of_the_published_scores(tmp_path, monkeypatch):
+    home = claims.ROOT / "results"
+    shutil.copytree(home / "scores/C5", tmp_path / "out")
+    monkeypatch.setattr(claims, "load_metrics", lambda names, device: dict.fromkeys(
+        ("judge", "judge2", claims.LPIPS, "pyiqa:brisque ↓")))
+    monkeypatch.setattr(sys, "argv", [
+        "claims.py", "C5", "--max-drop", "99", "--models", "runs/former/weights/sr",
+        "runs/sft-latent/model", "--out", str(tmp_path / "out")])
+    claims.main()
+    table = (tmp_path / "out/C5-test.md").read_text(encoding="utf-8")
+    published = (home / "README.md").read_text(encoding="utf-8")
+    lines = [line.rpartition(" - |")[0] for line in table.splitlines()[2:]]  # without minutes
+    assert len(lines) == 6 and all(f"{line}\n" in published for line in lines)
