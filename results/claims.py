@@ -8,7 +8,8 @@
 Each row of a table (results/variants.py) is rl.py with a few settings changed, once for each seed,
 measured on the photographs of --split. Claims share their runs: OUT/SETTINGS/SEED is made once. A
 call that was stopped is given again: finished runs are kept, another goes on from its checkpoint.
-Of a finished run its scores are enough: results/scores/C5, copied to OUT, gives the table of C5.
+Of a finished run its scores are enough (of C8 metrics.csv, too): from results/scores/C5, copied to
+OUT, comes the table of C5.
 Several processes may work in one OUT, each with --seeds of its own (a thread each, or one card);
 the call with all seeds then makes the table.
 
@@ -165,8 +166,11 @@ def by_photograph(values, names):
 
 def stored(file, keys, names, make):
     """make() -> {row: {metric: (N,)}}, N crops; its means over photographs (1, P), kept in a JSON
-    file unless a metric of `keys` is new."""
+    file unless a metric of `keys` is new. A crop without a score is missing in one mean only."""
     known = read_json(file) or {"sft": {}}
+    photographs = len({name.partition("@")[0] for name in names})
+    if not {len(x) for scores in known.values() for x in scores.values()} <= {1, photographs}:
+        raise UserError(f"{file}: has scores of other photographs; remove it")
     if not set(keys) <= set(known["sft"]):
         known = {row: {key: [round(x, 6) for x in by_photograph(values, names).tolist()]
                        for key, values in scores.items()} for row, scores in make().items()}
@@ -191,6 +195,8 @@ def measure(cfg, rows):
             return compare(restorers, batches, metrics, own.steps, own.eta, turns, front=front)
 
         def run(model):
+            if not model.is_dir():
+                raise UserError(f"{model}: is gone, and its scores lack a metric; copy it back")
             restorer = load(str(model), device=device)
             return {"sft": evaluate(restorer, batches, metrics, own.steps, own.eta, turns)[0]}
         key = own.task, own.model
@@ -255,8 +261,8 @@ def table_rows(change, sft, front, minutes):
         kept = row["psnr_y"].any(1)  # a seed in which nothing changed kept the SFT restorer
         line = name if kept.all() else f"{name} ({int(kept.sum())} of {len(kept)} kept)"
         lines[line] = {key: cell(*paired(x)[:2], "+") for key, x in row.items()}
-        if minutes[name]:  # else only the scores are there
-            lines[line]["minutes"] = f"{minutes[name]:.1f}"
+        if all(minutes[name]):  # else of some runs only the scores are there
+            lines[line]["minutes"] = f"{statistics.mean(minutes[name]):.1f}"
         if LPIPS in row:
             lines[line]["x front"] = beside_front(row, lost_and_gained(front))
             drop = -row["psnr_y"].nanmean().item()
@@ -343,8 +349,8 @@ def main():
             print(cost(claim, runs, cfg.split), flush=True)
 
     found, lines, groups = measure(cfg, rows), {}, []
-    minutes = {name: statistics.mean(sum(x.get("seconds", 0) for x in log(row.folder / seed)) / 60
-                                     for seed in cfg.seeds) for name, row in rows.items()}
+    minutes = {name: [sum(x.get("seconds", 0) for x in log(row.folder / seed)) / 60
+                      for seed in cfg.seeds] for name, row in rows.items()}
     for key, (base, models) in found.items():
         label = " ".join(["", *filter(None, key)]) if len(found) > 1 else ""
         change, sft, front = changes_of(base, models)
@@ -357,7 +363,8 @@ def main():
         temporary.write_text(text + "\n", encoding="utf-8")
     print(text)
     if LPIPS in sft:
-        courses = {name: looks(row, cfg.seeds) for name, row in rows.items() if claim == "C8"}
+        courses = {name: looks(row, cfg.seeds) for name, row in rows.items()
+                   if claim == "C8" and all(log(row.folder / seed) for seed in cfg.seeds)}
         draw(Path(cfg.out, f"{name}.png"), groups, courses)
 
 

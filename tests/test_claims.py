@@ -52,7 +52,8 @@ def test_a_table_has_differences_of_rows_and_the_gain_beside_the_front():
     change, sft, front = claims.changes_of(base, models)
     assert sft["psnr_y"] == 27 and list(front) == ["SFT, 9 steps", "SFT, 16 steps"]
     assert claims.lost_and_gained(front)[1] == pytest.approx((0.1, 0.01), rel=1e-3)
-    lines = claims.table_rows(change, sft, front, {"x": 1.0, "y": 2.0})
+    lines = claims.table_rows(change, sft, front, {"x": [1.0, 2.0], "y": [0, 2.0]})
+    assert lines["x"]["minutes"] == "1.5" and "minutes" not in lines["y (1 of 2 kept)"]
     assert list(lines) == ["SFT", "x", "SFT, 9 steps", "y (1 of 2 kept)", "x minus y"]
     assert lines["SFT, 9 steps"][claims.LPIPS] == "-0.0100"
     assert lines["x"]["x front"] == "3.0 (+0.0200 ± 0.0000)"
@@ -230,5 +231,12 @@ def test_the_published_table_is_that_of_the_published_scores(tmp_path, monkeypat
     claims.main()
     table = (tmp_path / "out/C5-test.md").read_text(encoding="utf-8")
     published = (home / "README.md").read_text(encoding="utf-8")
-    lines = [line.rpartition(" - |")[0] for line in table.splitlines()[2:]]  # without minutes
+    lines = [line.removesuffix(" - |") for line in table.splitlines()[2:]]  # without minutes
     assert len(lines) == 6 and all(f"{line}\n" in published for line in lines)
+    scores = tmp_path / "out/model=runs_sft-latent_model/170/test.json"
+    scores.write_text('{"sft": {"judge": [0.1, 0.2]}}', encoding="utf-8")
+    with pytest.raises(UserError, match="170/test.json: has scores of other photographs"):
+        claims.main()
+    scores.write_text('{"sft": {"judge": [0.1]}}', encoding="utf-8")
+    with pytest.raises(UserError, match="170/model: is gone"):
+        claims.main()

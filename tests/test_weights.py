@@ -9,7 +9,7 @@ import train_judge
 import model
 from data import degrade_sr
 from reward import luma, psnr
-from utils import read_image
+from utils import UserError, read_image
 
 
 @pytest.fixture
@@ -91,13 +91,25 @@ def test_whitened_patches_have_unit_variance_and_a_fresh_judge_scores(name, gen)
 
 
 def test_an_autoencoder_learns_inside_a_restorer_that_loads(photo_folder, tmp_path):
-    cfg = train_autoencoder.Config(data=str(photo_folder), out=str(tmp_path / "latent"), steps=12,
+    cfg = train_autoencoder.Config(data=str(photo_folder), out=str(tmp_path / "latent"), steps=80,
                                    batch=2, size=32)
     hq = read_image(photo_folder / "test/cat.png")[None, :, :64, :64]
-
-    def error(restorer):
-        return (restorer.decode(restorer.encode(hq, None), None) - hq).square().mean()
     train_autoencoder.train(cfg)
     trained = model.load(str(tmp_path / "latent/model"))
     assert trained.latent_shape(hq) == trained.encode(hq, None).shape == (1, 3, 32, 32)
-    assert error(trained) < 0.7 * error(train_autoencoder.build())
+    restored = trained.decode(trained.encode(hq, None), None)
+    assert (restored - hq).square().mean() < 0.7 * hq.var()  # it sees more than a mean color
+    assert (tmp_path / "latent/config.json").exists()
+
+
+@pytest.mark.parametrize("flags, text", [({"model": "SHIPPED"}, "is no ldm-sr"),
+                                         ({"size": 36}, "--size 36: must be a multiple of 8"),
+                                         ({"lr": 1e30}, "the gradient is not finite")])
+def test_an_autoencoder_refuses_what_it_cannot_learn(flags, text, photo_folder, tmp_path):
+    if "model" in flags:
+        flags = {"model": str(model.shipped("sr"))}
+    cfg = train_autoencoder.Config(data=str(photo_folder), out=str(tmp_path / "latent"), batch=2,
+                                   **{"size": 32, "steps": 20} | flags)
+    with pytest.raises(UserError, match=text):
+        train_autoencoder.train(cfg)
+    assert not (tmp_path / "latent/model").exists()

@@ -1,23 +1,25 @@
 """Trains a small VQ autoencoder; around it stands an ldm-sr whose UNet has still to learn.
 
-What diffusers has downloaded at full scale, a laptop can make: a latent restorer of the same
-classes, in the folder that sft.py, rl.py and the stock pipeline load.
+At full scale a latent restorer is downloaded; this begins a small one of the same classes, in a
+folder that sft.py, rl.py and the stock pipeline load.
 
-  loss = (decode(encode(x)) - x)^2 + 0.02 commitment     van den Oord et al. 2017, arXiv 1711.00937
+  loss = (decode(e) - x)^2 + 0.02 (|z - sg e|^2 + 0.25 |sg z - e|^2),   z = encode(x)
+(van den Oord et al. 2017, arXiv 1711.00937, eq. 3; e: the entry of the codebook nearest to z, sg:
+without gradient; the weights of the brackets are those of diffusers.)
 
 Chosen here
- 1. Factor 2: three channels of a quarter of the pixels. With factor 4, as published, a small
-    decoder gives less back than bicubic enlargement of lq does.
- 2. The codebook starts as a grid over [-2, 2]^3: from the stock start, next to 0, few of its
-    entries are ever chosen. So latents have about unit variance, which diffusion wants.
+ 1. Factor 2: three channels of a quarter of the pixels. With factor 4, as published, z0 would
+    have no more numbers than lq of x4 itself.
+ 2. The codebook starts as a grid over [-2, 2]^3. The stock start lies next to 0, where few entries
+    get chosen. Latents then have about unit variance, which diffusion wants.
 
     python weights/train_autoencoder.py --data photos --out runs/latent               # laptop
     python sft.py --task sr --model runs/latent/model --data photos --out runs/sft-latent
-    python rl.py --task sr --model runs/sft-latent/model --out runs/rl-latent
+    python rl.py --task sr --model runs/sft-latent/model --max-drop 99 --out runs/rl-latent
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +34,8 @@ from data import Crops, get_task, held_out, open_split  # noqa: E402
 from eval import save_grid  # noqa: E402
 from reward import psnr  # noqa: E402
 from sft import learning_rate  # noqa: E402
-from utils import new_run, option, parse, pick_device, run_main  # noqa: E402
+from utils import (UserError, new_run, option, parse, pick_device, run_main,  # noqa: E402
+                   write_json)
 
 LEVELS = 10  # of each channel in the codebook: with 16 its search takes two thirds of the time
 
@@ -73,7 +76,10 @@ def train(cfg):
     photographs = SimpleNamespace(data=cfg.data, lq="", hq="")
     source = open_split(photographs, "train")
     _, hq, _ = held_out(open_split(photographs, "val"), degrade, cfg.size, 64)
-    restorer = (model.load(cfg.model) if cfg.model else build()).to(device)
+    restorer = model.load(cfg.model) if cfg.model else build()
+    if restorer.family != "ldm-sr":
+        raise UserError(f"--model {cfg.model}: is no ldm-sr; give the model of an earlier run")
+    restorer.to(device, torch.bfloat16).check_size(cfg.size)
     out, vae = new_run(cfg.out), restorer.vae.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(vae.parameters(), cfg.lr)
     crops = Crops(source, degrade, cfg.size, cfg.seed, cfg.steps * cfg.batch)
@@ -81,12 +87,15 @@ def train(cfg):
     for step, (_, x) in enumerate(bar):
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.lr, cfg.steps / 10)
         x = x.to(device)
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
+        with torch.autocast(x.device.type, enabled=restorer.dtype == torch.bfloat16,
+                            dtype=torch.bfloat16):
             image, commitment = vae(x, return_dict=False)
-            loss = (image - x).square().mean() + 0.02 * commitment  # eq. 3
+            loss = (image - x).square().mean() + 0.02 * commitment
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        if not norm.isfinite():
+            raise UserError(f"step {step}: the gradient is not finite; lower --lr")
         optimizer.step()
         if step % 10 == 9:
             bar.set_postfix(loss=f"{loss.item():.3g}")
@@ -96,7 +105,8 @@ def train(cfg):
     print(f"validation: {psnr(images, hq).mean():.2f} dB")
     save_grid(out / "reconstructions.png", {"hq": hq[:8], "reconstruction": images[:8]})
     restorer.save(out / "model")
-    print(f"wrote {out}: model/, reconstructions.png")
+    write_json(out / "config.json", asdict(cfg))
+    print(f"wrote {out}: model/, config.json, reconstructions.png")
 
 
 def main():
