@@ -41,20 +41,17 @@ LEVELS = 10  # of each channel in the codebook: with 16 its search takes two thi
 
 
 def build():
-    """-> an ldm-sr with random weights: autoencoder of factor 2, a UNet as weights/sr has."""
-    from diffusers import DDIMScheduler, UNet2DModel, VQModel
+    """-> an ldm-sr with random weights: autoencoder of factor 2, the rest as in a pixel restorer."""
+    from diffusers import UNet2DModel, VQModel
     vae = model.seeded(VQModel, block_out_channels=(32, 64), norm_num_groups=8,
                        num_vq_embeddings=LEVELS ** 3, mid_block_add_attention=False,
                        down_block_types=["DownEncoderBlock2D"] * 2,
                        up_block_types=["UpDecoderBlock2D"] * 2)
     line = torch.linspace(-2, 2, LEVELS)
     vae.quantize.embedding.weight.data.copy_(torch.cartesian_prod(line, line, line))
-    net = model.seeded(UNet2DModel, in_channels=6, out_channels=3, norm_num_groups=8,
-                       block_out_channels=(48, 64, 96), layers_per_block=1, add_attention=False,
-                       down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3)
-    scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing",
-                              prediction_type="v_prediction", clip_sample=False)
-    return model.LDMSR(net, scheduler, {"vqvae": vae}, defaults={"steps": 8, "eta": 0.5})
+    pixel = model.PixelRestorer.create()
+    net = model.seeded(UNet2DModel.from_config, pixel.net.config, in_channels=6, out_channels=3)
+    return model.LDMSR(net, pixel.scheduler, {"vqvae": vae}, defaults=pixel.defaults)
 
 
 @dataclass
