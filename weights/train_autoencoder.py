@@ -41,7 +41,7 @@ LEVELS = 10  # of each channel in the codebook: with 16 its search takes two thi
 
 
 def build():
-    """-> an ldm-sr with random weights: autoencoder of factor 2, the rest as in a pixel restorer."""
+    """-> an ldm-sr with random weights: autoencoder of factor 2, the rest as a pixel one has."""
     from diffusers import UNet2DModel, VQModel
     vae = model.seeded(VQModel, block_out_channels=(32, 64), norm_num_groups=8,
                        num_vq_embeddings=LEVELS ** 3, mid_block_add_attention=False,
