@@ -44,13 +44,13 @@ def clipped_gradient(log_prob, old_log_prob, advantage, clip_range):
 
 @torch.no_grad()
 def show(count=16):
-    """Left: clipped_loss and its slope. Right: rewards of inputs, colored by their advantage."""
+    """Left: clipped_loss and its derivative. Right: rewards of inputs, colored by their advantage."""
     figure, ((left, right),) = kit.panels(1, 2, 5, 3.2)
     rho = torch.linspace(0.5, 1.5, 201)
     for advantage, color in ((1.0, "C0"), (-1.0, "C3")):
         point = rho.log(), torch.zeros(201), torch.full((201,), advantage), 0.2
         left.plot(rho, clipped_loss(*point), color, label=f"loss, A = {advantage:g}")
-        left.plot(rho, clipped_gradient(*point), color, linestyle=":", label="its slope")
+        left.plot(rho, clipped_gradient(*point), color, linestyle=":", label="d loss / d log p")
     left.set(xlabel="rho, limits at 0.8 and 1.2")
     left.legend(fontsize=7)
     restorer, judge, lq = load("", "sr"), reward.load("judge"), kit.crops(count)[0][:12]

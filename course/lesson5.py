@@ -27,7 +27,7 @@ def weight(distance, distance_sft):
     """Hole 2: w = sigmoid(2 (distance - m) / s) in [0, 1], the share of RL -> (B,).
 
     m: the median of distance_sft (N,); s: its interquartile range / 1.349, at least 1e-6. Why not
-    mean and std? One hopeless input would make all others easy. Hint: torch.quantile.
+    mean and std? One hopeless input would make all others easy. torch.quantile: torch.median takes a lower one.
     """
     raise NotImplementedError("hole 2, weight, is not filled yet")
 
@@ -44,7 +44,7 @@ def sft_coef_for(share, row, sft_coef):
     """Hole 4: the lambda that would give SFT `share` in (0, 1) of the norms of RL and SFT together.
 
     row: of metrics.csv, with share_rl and share_sft as they were with sft_coef. The gradient's norm
-    of the SFT term is proportional to lambda, that of RL does not know it. -> float
+    of the SFT term is proportional to lambda, that of RL does not depend on it. -> float
     """
     raise NotImplementedError("hole 4, sft_coef_for, is not filled yet")
 

@@ -65,7 +65,6 @@ EDITS = {"sharpen": lambda x: x + 0.5 * (x - blur(x)), "blur": blur,
          "contrast": lambda x: 1.1 * x}
 
 
-@torch.no_grad()
 def show(count=16):
     """Left: how well 64 samples show the way. Right: edits of restored crops, changes of scores."""
     figure, ((left, right),) = kit.panels(1, 2, 5, 3.4)
@@ -83,7 +82,7 @@ def show(count=16):
     left.legend()
     lq, hq = kit.crops(count)
     scores = {"judge": reward.load("judge"), "judge2": reward.load("judge2"),
-              "psnr_y": reward.psnr_y, "ssim": reward.ssim, "color step": color_step}
+              "psnr_y": reward.psnr_y, "ssim": reward.ssim, "color step ↓": color_step}
     restored = restore(load("", "sr"), lq, 0, -1, generator(8))
     table = what_hacks_what(list(EDITS.values()), list(scores.values()), restored, hq)
     right.imshow(table / table.abs().max(0).values, cmap="PiYG", vmin=-1.5, vmax=1.5, aspect="auto")

@@ -31,7 +31,7 @@ def test_a_linear_score_is_fooled_as_far_as_the_radius_and_the_range_allow():
     before = images.clone()
     fooled = fool(lambda x: (x * slope).sum((1, 2, 3)), images, 0.1, 5)
     torch.testing.assert_close(fooled, (before + 0.1 * slope.sign()).clamp(-1, 1))
-    assert images.equal(before) and not fooled.requires_grad
+    assert images.equal(before) and not (images.requires_grad or fooled.requires_grad)
 
 
 def test_a_step_is_twice_the_radius_over_the_number_of_steps():
@@ -42,6 +42,7 @@ def test_a_step_is_twice_the_radius_over_the_number_of_steps():
         return x.sum((1, 2, 3))
     fool(score, images, 0.08, 8)
     torch.testing.assert_close(seen[1], images + 0.02)
+    torch.testing.assert_close(seen[7], images + 0.08)  # put back in each step, not at the end
 
 
 def test_each_step_looks_at_the_gradient_again():

@@ -6,7 +6,7 @@ import torch
 from lesson4 import advantages, clipped_gradient, clipped_loss
 
 GRID = [x.flatten() for x in torch.meshgrid(
-    torch.tensor([0.5, 0.9, 1.0, 1.1, 1.5], dtype=torch.float64).log(),
+    torch.tensor([0.5, 0.81, 1.0, 1.19, 1.5], dtype=torch.float64).log(),
     torch.tensor([2.0, -2.0], dtype=torch.float64), indexing="ij")]
 
 

@@ -36,6 +36,7 @@ def test_the_path_gradient_has_no_noise_where_the_score_is_linear():
         torch.testing.assert_close(path_gradient(lambda x: x @ slope, MEAN, noise, SIGMA), slope)
     found = path_gradient(score, MEAN, NOISE[:5], SIGMA)
     torch.testing.assert_close(found, 2 * (BEST - X[:5].mean(0)))
+    assert not MEAN.requires_grad
 
 
 def test_edits_stay_in_the_range_and_scores_see_the_refs():

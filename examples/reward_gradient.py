@@ -1,8 +1,8 @@
 """The judge's own gradient through the whole chain, instead of the policy gradient. A warning.
 
   L_RL,i = -M(restored_i),  differentiated through judge, decoder and all steps
-as DRaFT does (Clark et al. 2024, arXiv 2309.17400). It has no noise of the policy gradient, so it
-reaches far higher scores of the judge in the same time, and finds what fools it just as fast.
+as DRaFT does (Clark et al. 2024, arXiv 2309.17400). It has no noise of the policy gradient,
+and finds what fools the judge as well.
 First edition, with a judge that had not seen such output: 84 % of the judge's gap to the ground
 truth and 56 % of judge2's, LPIPS 0.018 worse, BRISQUE 5.2. Now, with the present sr and weights/
 broad before hardening: all of its gap, LPIPS 0.036 better, at -0.56 dB and with 44 % more color

@@ -14,9 +14,8 @@ def signed_sft_gradient(rewards, x, mean):
 
 
 def path_gradient(score, mean, noise, sigma):
-    with torch.enable_grad():
-        mean = mean.detach().requires_grad_()
-        return torch.autograd.grad(score(mean + sigma * noise).mean(), mean)[0]
+    mean = mean.detach().requires_grad_()
+    return torch.autograd.grad(score(mean + sigma * noise).mean(), mean)[0]
 
 
 def what_hacks_what(edits, scores, images, refs):
