@@ -275,7 +275,8 @@ class PyiqaReward:
     def __call__(self, images, refs=None):
         pair = (images, refs) if self.full else (images,)
         with one_line(f"pyiqa:{self.name}", "give references if it needs them, or larger images"):
-            scores = self.metric(*[((x.to(self.device).float() + 1) / 2).clamp(0, 1) for x in pair])
+            pair = [((x.to(self.device).float() + 1) / 2).clamp(0, 1) for x in pair]
+            scores = self.metric.net(*pair)  # the wrapper around it switches TF32 on
         return self.sign * scores.reshape(len(images)).float().to(images.device)
 
 
