@@ -14,8 +14,8 @@ Learning with IQA Reward" (arXiv 2511.01645). One iteration; i a sample, k a den
 The paper's exact equations are not public: the README marks what is the paper's and what is ours.
 
 Chosen here:
- 1. log p is a mean over C, H, W (sample.py): clip_range is of the order 1e-3, and the gradient of
-    L_RL is small beside that of L_SFT, so lambda is of the order 1e-2.
+ 1. log p is a mean over C, H, W (sample.py), so clip_range is of the order 1e-3. The gradient of
+    L_RL is 6 to 30 times smaller than that of L_SFT, so lambda is of the order 1e-2.
  2. A micro-batch is one step of samples that were sampled together: the same arithmetic gives the
     same log p, so rho is exactly 1 before the first optimizer step of an iteration.
  3. A reward counts up to the ground truth's own (--cap): to be judged better than a photograph is
@@ -117,8 +117,8 @@ def collect(restorer, judge, lq, hq, gen, cfg, accelerator, keep=True):
     """Rollout and reward of samples lq, hq (S, 3, H, W), the noise drawn for all of them.
 
     -> (batches of this process: dicts, [] unless keep; rewards (S, K) of all, on the CPU). K is 1
-    for --reward-mode final. For step, the image after step k is the clean one that step k + 1
-    predicts anyway.
+    for --reward-mode final. For step, what is judged of step k is the clean image
+    that step k + 1 predicts anyway.
     """
     condition, noise = draw(restorer, lq, cfg.steps, gen)
     own = own_part(len(lq), accelerator)
@@ -310,16 +310,19 @@ def train(cfg, step_loss=step_loss):
     scorer = load_reward(cfg.reward, device)
     judge = views(scorer, cfg.views)
 
-    # data: training crops that come back, validation crops
-    lq, hq = pool(source, degrade, cfg.size, cfg.seed, cfg.pool)
-    photographs = [source.names, val_source.names]
-    val = in_batches(*held_out(val_source, degrade, cfg.size, 64)[:2], device)
-    memory = RewardMemory(cfg.pool, cfg.steps if cfg.reward_mode == "step" else 1, MEMORY)
     out = Path(cfg.out or f"runs/{cfg.task}-{cfg.seed}")
     if main:
         new_run(out, cfg.resume)
         print(f"{accelerator.num_processes} process(es), {device}: {cfg}\n{len(source)} images "
               f"to train, {len(val_source)} for validation, {len(test_source)} to test")
+
+    # data: training crops that come back, a part of them made by each process; validation crops
+    own = own_part(cfg.pool, accelerator)
+    lq, hq = (accelerator.gather(x.to(device)).cpu() for x in
+              pool(source, degrade, cfg.size, cfg.seed, len(own), int(own[0])))
+    photographs = [source.names, val_source.names]
+    val = in_batches(*held_out(val_source, degrade, cfg.size, 64)[:2], device)
+    memory = RewardMemory(cfg.pool, cfg.steps if cfg.reward_mode == "step" else 1, MEMORY)
 
     # what a stopped run left, or what the SFT model makes of the pool
     if cfg.resume:
