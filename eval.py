@@ -109,7 +109,7 @@ def evaluate(restorer, batches, metrics, steps=0, eta=-1.0, seeds=1, border=0):
     """Restores and scores batches, a list of (lq, hq), (B, 3, H, W) each in [-1, 1].
 
     restorer None: lq itself. steps 0, eta -1: as it was trained. -> (scores: {name: (N,)}, means
-    over the seeds; images: the restored batches of the first seed).
+    over the seeds; images: the restored batches of the first seed, on the CPU).
     """
     if restorer is None:
         images = [lq for lq, _ in batches]
@@ -122,7 +122,7 @@ def evaluate(restorer, batches, metrics, steps=0, eta=-1.0, seeds=1, border=0):
             images.append(restore(restorer, lq, steps, eta, noise))
             number += len(lq)
         runs.append(measure(metrics, images, [hq for _, hq in batches], border))
-        first = first or images
+        first = first or [x.cpu() for x in images]
     return {name: torch.stack([run[name] for run in runs]).nanmean(0) for name in runs[0]}, first
 
 
@@ -342,7 +342,7 @@ class Config:
     match: str = option("same", "how names belong: same, prefix, suffix:LQ,HQ or start:LQ,HQ")
     split: str = option("test", "of the photographs or pairs", ["test", "val", "train", "all"])
     count: int = option(128, "images at most", least=1)
-    size: int = option(64, "side of a crop in pixels; 0: whole images", least=0)
+    size: int = option(-1, "side of a crop in pixels; 0: whole images; -1: as trained", least=-1)
     # how
     steps: int = option(0, "DDIM steps, up to 1000; 0: as each was trained", least=0)
     eta: float = option(-1.0, "stochasticity, 0: none; -1: as each was trained", least=-1)
@@ -356,19 +356,21 @@ class Config:
 
 def main():
     cfg, folders = parse(Config, positional="folders of saved restorers")
-    if 0 < cfg.size < 16:
-        raise UserError(f"--size {cfg.size}: must be 0, whole images, or at least 16")
     out = new_run(cfg.out) if cfg.out else None
     device = pick_device()
     restorers = {name: load(name, device=device, dtype=cfg.dtype) for name in folders}
     degrade = get_task(cfg.task or restorers[folders[0]].defaults["task"])
+    size = (restorers[folders[0]].defaults["size"] or 64) if cfg.size < 0 else cfg.size
+    if 0 < size < 16:
+        raise UserError(f"--size {size}: must be 0, whole images, or at least 16")
     source = open_split(cfg, cfg.split)
-    if cfg.size:
-        lq, hq, names = held_out(source, degrade, cfg.size, cfg.count)
+    if size:
+        lq, hq, names = held_out(source, degrade, size, cfg.count)
         batches = in_batches(lq, hq, device)
     else:
-        names = source.names[:cfg.count]
-        batches = [[x.to(device) for x in whole(source, degrade, i)] for i in range(len(names))]
+        chosen = range(len(source))[::math.ceil(len(source) / cfg.count)]
+        names = [source.names[i] for i in chosen]
+        batches = [[x.to(device) for x in whole(source, degrade, i)] for i in chosen]
     metrics = load_metrics(cfg.metrics, device)
     rows = compare(restorers, batches, metrics, cfg.steps, cfg.eta, cfg.seeds, cfg.border,
                    FRONT if cfg.front else ())

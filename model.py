@@ -274,6 +274,8 @@ class LatentRestorer(Restorer):
             self.vae.enable_tiling()  # only above the size it was trained at
         self.channels = unet.config.out_channels
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        trained = self.factor * (unet.config.sample_size or 0)
+        self.defaults["size"] = self.defaults["size"] or trained
         self.multiple = self.factor * 2 ** (len(unet.config.block_out_channels) - 1)
         if "tokenizer" in self.frozen:
             ids = self.frozen["tokenizer"]([self.settings["prompt"], ""], padding="max_length",
