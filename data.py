@@ -261,8 +261,8 @@ class Source:
     def __getitem__(self, index):
         lq, hq = self.paths[index]
         large = hq.parent.as_posix().endswith(FOLDERS[3])  # JPEGs, whose blocks vanish if halved
-        shrink = 2 if large else 1
-        hq = F.avg_pool2d(utils.read_image(hq), shrink)
+        hq = utils.read_image(hq)
+        hq = F.avg_pool2d(hq, 2) if large else hq
         if lq is None:
             return None, utils.to_uint8(hq)
         lq = utils.read_image(lq)
@@ -364,8 +364,14 @@ def open_split(cfg, split):
     if not files:
         raise utils.UserError(f"{home}: no image falls to {split}; sort them by hand into "
                               "subfolders train, val and test")
+    bad = []
     for _, lq, hq in progress(files if cfg.lq else [], "reading sizes"):
-        check_fit(lq, hq)
+        try:
+            check_fit(lq, hq)
+        except (utils.UserError, OSError) as error:
+            bad.append(str(error))
+    if bad:
+        raise utils.UserError(f"{len(bad)} of {len(files)} pairs: " + "; ".join(bad[:20]))
     return Source(files)
 
 
@@ -411,9 +417,9 @@ class Crops(Dataset):
         return crops[0], crops[1]
 
 
-def pool(source, degrade, size, seed, count):
+def pool(source, degrade, size, seed, count, start=0):
     """(lq, hq), (count, 3, size, size) each: the items of Crops."""
-    crops = Crops(source, degrade, size, seed, count)
+    crops = Crops(source, degrade, size, seed, count, start)
     lq, hq = torch.empty(2, count, 3, size, size)
     for i in progress(range(count), "decoding"):
         lq[i], hq[i] = crops[i]

@@ -13,7 +13,7 @@ Chosen here:
  3. An exponential moving average (EMA) of the weights is what is saved.
  4. Crop i of a run and the noise of step i follow from (seed, i): neither the number of workers or
     processes nor a resumed run changes them (but the noise that sd-x4-upscaler adds to lq).
- 5. A model with guidance (model.py) has the loss of its guided output: SFT is for guidance 1.
+ 5. A model with guidance (model.py) has the loss of its guided output: train it with guidance 1.
 
     python sft.py --task sr                                   # laptop: about 15 minutes
     accelerate launch sft.py --task sr --data DIR --batch 256 --steps 200000 --size 128 --workers 12

@@ -127,7 +127,7 @@ def new_run(out, resume=None):
     started = (out / "checkpoint.safetensors").exists()
     if resume and not started:
         raise UserError(f"--resume: no checkpoint in {out}; start without it")
-    if not resume and out.is_dir() and any(out.iterdir()):
+    if not resume and out.is_dir() and any(file.name[0] != "." for file in out.iterdir()):
         more = ", or go on with --resume" * (started and resume is not None)
         raise UserError(f"--out {out}: is not empty; choose another{more}")
     out.mkdir(parents=True, exist_ok=True)
