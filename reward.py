@@ -262,8 +262,7 @@ class PyiqaReward:
     def __init__(self, name, device):
         if name.split("_")[0] in UNSAFE:
             raise UserError(f"pyiqa:{name} is no reward: it {UNSAFE[name.split('_')[0]]}")
-        # an H200 read BRISQUE as 60.8 where CPUs read 57.2, for a cause not found
-        self.device = torch.device("cpu" if name.startswith("brisque") else device)
+        self.device = torch.device(device)
         with one_line(f"pyiqa:{name}", "pyiqa.list_models() has the names, a network the weights"):
             import pyiqa
             with contextlib.redirect_stdout(sys.stderr):
@@ -276,7 +275,7 @@ class PyiqaReward:
         pair = (images, refs) if self.full else (images,)
         with one_line(f"pyiqa:{self.name}", "give references if it needs them, or larger images"):
             pair = [((x.to(self.device).float() + 1) / 2).clamp(0, 1) for x in pair]
-            scores = self.metric.net(*pair)  # the wrapper around it switches TF32 on
+            scores = self.metric.net(*pair)  # in pyiqa's wrapper TF32 is on: BRISQUE 60 for 57
         return self.sign * scores.reshape(len(images)).float().to(images.device)
 
 

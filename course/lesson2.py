@@ -38,7 +38,8 @@ def show(count=16):
     restorer, gen = load("", "sr"), generator(2)
     lq, hq = kit.crops(count)
     z0, alpha_bar = restorer.encode(hq, lq), restorer.scheduler.alphas_cumprod
-    networks = {"best_v, pixel by pixel, without lq": lambda z_t, t: best_v(z_t, alpha_bar[t], z0.std()),
+    std = z0.std()
+    networks = {"best_v, pixel by pixel, without lq": lambda z_t, t: best_v(z_t, alpha_bar[t], std),
                 "the restorer": lambda z_t, t: restorer.predict(z_t, t, lq)}
     figure, ((axis,),) = kit.panels(1, 1, 6, 3)
     for name, predict in networks.items():

@@ -44,7 +44,7 @@ def clipped_gradient(log_prob, old_log_prob, advantage, clip_range):
 
 @torch.no_grad()
 def show(count=16):
-    """Left: clipped_loss and its derivative. Right: rewards of inputs, colored by their advantage."""
+    """Left: clipped_loss, its derivative. Right: rewards of inputs, colored by their advantage."""
     figure, ((left, right),) = kit.panels(1, 2, 5, 3.2)
     rho = torch.linspace(0.5, 1.5, 201)
     for advantage, color in ((1.0, "C0"), (-1.0, "C3")):

@@ -27,7 +27,7 @@ def weight(distance, distance_sft):
     """Hole 2: w = sigmoid(2 (distance - m) / s) in [0, 1], the share of RL -> (B,).
 
     m: the median of distance_sft (N,); s: its interquartile range / 1.349, at least 1e-6. Why not
-    mean and std? One hopeless input would make all others easy. torch.quantile: torch.median takes a lower one.
+    mean and std? One hopeless input would make all others easy. Hint: torch.quantile, for m, too.
     """
     raise NotImplementedError("hole 2, weight, is not filled yet")
 

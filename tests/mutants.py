@@ -156,6 +156,7 @@ MUTANTS = {
     "reward.py": [
         ("return torch.stack(scores).nanmean(0)", "return torch.stack(scores).mean(0)"),
         ("return self.sign * scores", "return scores"),
+        ("self.metric.net(*pair)", "self.metric(*pair)"),
         ("1 <= float(found[0]) <= 5", "True"),
         ("self.mean_score(to_uint8(images))", "self.mean_score((images + 1) * 127.5)"),
         ("torch.linspace(1, 0, len(levels)", "torch.linspace(0, 1, len(levels)"),

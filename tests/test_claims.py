@@ -220,19 +220,31 @@ def test_the_hacking_curve_has_outside_metrics_at_each_look(call, tmp_path):
     assert (tmp_path / "out/C8-test.png").exists()
 
 
-def test_the_published_table_is_that_of_the_published_scores(tmp_path, monkeypatch):
-    home = claims.ROOT / "results"
-    shutil.copytree(home / "scores/C5", tmp_path / "out")
+def stored(claim, tmp_path, monkeypatch, *words):
+    """The lines of the table of a claim, from its published scores."""
+    shutil.copytree(claims.ROOT / "results/scores" / claim, tmp_path / "out", dirs_exist_ok=True)
     monkeypatch.setattr(claims, "load_metrics", lambda names, device: dict.fromkeys(
         ("judge", "judge2", claims.LPIPS, "pyiqa:brisque ↓")))
-    monkeypatch.setattr(sys, "argv", [
-        "claims.py", "C5", "--max-drop", "99", "--models", "runs/former/weights/sr",
-        "runs/sft-latent/model", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", ["claims.py", claim, *words, "--out", str(tmp_path / "out")])
     claims.main()
-    table = (tmp_path / "out/C5-test.md").read_text(encoding="utf-8")
-    published = (home / "README.md").read_text(encoding="utf-8")
-    lines = [line.removesuffix(" - |") for line in table.splitlines()[2:]]  # without minutes
-    assert len(lines) == 6 and all(f"{line}\n" in published for line in lines)
+    table = (tmp_path / f"out/{claim}-test.md").read_text(encoding="utf-8")
+    return [line.removesuffix(" - |") for line in table.splitlines()[2:]]  # without minutes
+
+
+C5 = "C5", "--max-drop", "99", "--models", "runs/former/weights/sr", "runs/sft-latent/model"
+
+
+@pytest.mark.parametrize("claim", (C5, ("C7",)))
+def test_the_published_table_is_that_of_the_published_scores(claim, tmp_path, monkeypatch):
+    lines = stored(claim[0], tmp_path, monkeypatch, *claim[1:])
+    published = (claims.ROOT / "results/README.md").read_text(encoding="utf-8")
+    lines = [line for line in lines if " minus " not in line]
+    assert len(lines) == {"C5": 6, "C7": 20}[claim[0]]
+    assert all(f"{line}\n" in published for line in lines)
+
+
+def test_scores_of_other_photographs_and_a_run_without_its_model_are_named(tmp_path, monkeypatch):
+    stored(C5[0], tmp_path, monkeypatch, *C5[1:])
     scores = tmp_path / "out/model=runs_sft-latent_model/170/test.json"
     scores.write_text('{"sft": {"judge": [0.1, 0.2]}}', encoding="utf-8")
     with pytest.raises(UserError, match="170/test.json: has scores of other photographs"):

@@ -4,7 +4,6 @@ import math
 import shutil
 import sys
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import skimage
@@ -197,11 +196,16 @@ def test_pyiqa_metrics_rise_with_quality_and_are_ready_with_weights(pairs, monke
         (tmp_path / file).parent.mkdir()
         (tmp_path / file).touch()
     assert reward.ready("lpips") and reward.ready("psnr")
-    created = Mock(lower_better=True, metric_mode="NR")
-    monkeypatch.setattr("pyiqa.create_metric", created)
-    for name, device in (("brisque", "cpu"), ("niqe", "cuda")):  # a card misreads the first
-        load(f"pyiqa:{name}", "cuda")
-        assert created.call_args.kwargs["device"].type == device
+
+
+def test_pyiqa_metrics_compute_without_tf32(pairs, monkeypatch):
+    metric, seen = load("pyiqa:gmsd"), []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    metric.metric.net.register_forward_pre_hook(
+        lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    expected = -metric.metric(*[(x + 1) / 2 for x in pairs])
+    torch.testing.assert_close(metric(*pairs), expected)
+    assert seen == [True, False]  # by pyiqa's wrapper it is switched on
 
 
 def test_the_script_prints_a_table(tmp_path, pairs, monkeypatch, capsys):
