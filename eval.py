@@ -109,7 +109,7 @@ def evaluate(restorer, batches, metrics, steps=0, eta=-1.0, seeds=1, border=0):
     """Restores and scores batches, a list of (lq, hq), (B, 3, H, W) each in [-1, 1].
 
     restorer None: lq itself. steps 0, eta -1: as it was trained. -> (scores: {name: (N,)}, means
-    over the seeds; images: the restored batches of the first seed, on the CPU).
+    over the seeds; images: the restored batches of the first seed, or lq).
     """
     if restorer is None:
         images = [lq for lq, _ in batches]
@@ -368,7 +368,8 @@ def main():
         lq, hq, names = held_out(source, degrade, size, cfg.count)
         batches = in_batches(lq, hq, device)
     else:
-        chosen = range(len(source))[::math.ceil(len(source) / cfg.count)]
+        count = min(cfg.count, len(source))
+        chosen = [i * len(source) // count for i in range(count)]  # from all of its folders
         names = [source.names[i] for i in chosen]
         batches = [[x.to(device) for x in whole(source, degrade, i)] for i in chosen]
     metrics = load_metrics(cfg.metrics, device)

@@ -15,7 +15,7 @@ The paper's exact equations are not public: the README marks what is the paper's
 
 Chosen here:
  1. log p is a mean over C, H, W (sample.py), so clip_range is of the order 1e-3. The gradient of
-    L_RL is 6 to 30 times smaller than that of L_SFT, so lambda is of the order 1e-2.
+    L_RL is 3 to 50 times smaller than that of L_SFT, so lambda is of the order 1e-2.
  2. A micro-batch is one step of samples that were sampled together: the same arithmetic gives the
     same log p, so rho is exactly 1 before the first optimizer step of an iteration.
  3. A reward counts up to the ground truth's own (--cap): to be judged better than a photograph is
@@ -318,8 +318,9 @@ def train(cfg, step_loss=step_loss):
 
     # data: training crops that come back, a part of them made by each process; validation crops
     own = own_part(cfg.pool, accelerator)
-    lq, hq = (accelerator.gather(x.to(device)).cpu() for x in
-              pool(source, degrade, cfg.size, cfg.seed, len(own), int(own[0])))
+    lq, hq = pool(source, degrade, cfg.size, cfg.seed, len(own), int(own[0]))
+    if accelerator.num_processes > 1:
+        lq, hq = (accelerator.gather(x.to(device)).cpu() for x in (lq, hq))
     photographs = [source.names, val_source.names]
     val = in_batches(*held_out(val_source, degrade, cfg.size, 64)[:2], device)
     memory = RewardMemory(cfg.pool, cfg.steps if cfg.reward_mode == "step" else 1, MEMORY)

@@ -120,10 +120,10 @@ def test_bad_folders_are_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", ((17, 16), (12, 12), (32, 48)))
 def test_sizes_are_read_from_headers(size, tmp_path, monkeypatch):
-    make(tmp_path, "lq/a.png", size=(16, 16))
-    make(tmp_path, "hq/a.png", size=size)
+    make(tmp_path, "lq/a.png", "lq/b.png", size=(16, 16))
+    make(tmp_path, "hq/a.png", "hq/b.png", size=size)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(UserError, match="lq/a.png .*hq/a.png .*: sizes do not fit"):
+    with pytest.raises(UserError, match="2 of 2 pairs: .*lq/a.*hq/a.*: sizes do not fit.*hq/b"):
         pairs_in(tmp_path)
 
 

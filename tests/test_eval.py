@@ -123,14 +123,15 @@ def test_the_region_shown_is_where_lq_differs_most_and_fooled_judges_are_named(t
 
 def test_the_script_compares_two_restorers_and_prints_the_front(tmp_path, tiny_restorer, capsys,
                                                                 photo_folder, monkeypatch):
-    tiny_restorer().save(tmp_path / "a")
-    other = tiny_restorer()
+    first, other = tiny_restorer(), tiny_restorer()
+    first.defaults["size"] = 16
+    first.save(tmp_path / "a")
     with torch.no_grad():
         other.weights()[0].mul_(1.5)
     other.save(tmp_path / "b")
     monkeypatch.setattr(evaluation, "load_metrics", lambda names, device: dict.fromkeys(
         ("pyiqa:lpips ↓", "pyiqa:brisque ↓"), lambda x, y: x.abs().mean((1, 2, 3))))
-    words = [tmp_path / "a", tmp_path / "b", "--data", photo_folder, "--size", 16, "--front",
+    words = [tmp_path / "a", tmp_path / "b", "--data", photo_folder, "--front",
              "--seeds", 1, "--out", tmp_path / "out"]
     monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
     evaluation.main()
@@ -144,3 +145,9 @@ def test_the_script_compares_two_restorers_and_prints_the_front(tmp_path, tiny_r
     scored = [line["image"] for line in lines if line["pyiqa:brisque ↓"]]
     assert lines[0]["image"].startswith("test/cat") and set(scored) == {"all together"}
     assert lines[1]["pyiqa:lpips ↓"] and not lines[1]["pyiqa:brisque ↓"]
+    words = [*words[:4], "--size", 0, "--split", "all", "--count", 3, "--seeds", 1]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
+    shown, whole = [], evaluation.whole
+    monkeypatch.setattr(evaluation, "whole", lambda *x: shown.append(x[2]) or whole(*x))
+    evaluation.main()
+    assert shown == [0, 1, 3]  # of five

@@ -47,6 +47,7 @@ def test_shapes_ranges_and_scales(restorer):
         z0 = scale * (hq - LQ)
         assert torch.allclose(restorer.decode(z0, LQ), hq, atol=1e-6)
     else:  # decode: by the stock pipelines below
+        assert restorer.defaults["size"] == 8 * restorer.factor  # the UNet's sample_size
         out = restorer.vae.encode(hq)
         z0 = scale * (out.latents if family == "ldm-sr" else out.latent_dist.mode())
     encoded = restorer.encode(hq, LQ)

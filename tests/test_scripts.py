@@ -113,6 +113,12 @@ def test_bad_input_is_one_line_and_exit_code_2(words, monkeypatch, capsys, tmp_p
     assert len([x for x in lines if "error" in x]) == 1 and not list(tmp_path.iterdir())
 
 
+def test_every_mutant_has_its_place():
+    for file, pairs in runpy.run_path(str(ROOT / "tests/mutants.py"))["MUTANTS"].items():
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert [old for old, _ in pairs if text.count(old) != 1] == [], file
+
+
 def test_shipped_weights_are_small_and_nothing_is_unpickled():
     files = [f for f in (ROOT / "weights").rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) < 25e6

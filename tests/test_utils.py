@@ -76,7 +76,8 @@ def test_atomic_writes_follow_the_umask_and_leave_nothing_on_failure(tmp_path):
 
 def test_checkpoints_runs_and_rows(tmp_path):
     state = {"a": {"b": torch.arange(3), 0: {"x": torch.ones(2, 2)}}, "c": torch.tensor(1.5)}
-    utils.new_run(tmp_path / "run")  # a run that stopped before its first checkpoint
+    utils.new_run(tmp_path / "run")  # a run that was killed as it wrote its first checkpoint
+    (tmp_path / "run/.checkpoint.1.safetensors").touch()
     run = utils.new_run(tmp_path / "run")
     utils.save_checkpoint(run / "checkpoint.safetensors", state, {"step": 3})
     found, info = utils.load_checkpoint(run / "checkpoint.safetensors")

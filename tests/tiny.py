@@ -2,7 +2,8 @@
 
 from model import FAMILIES, PixelRestorer, seeded
 
-UNET = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
+UNET = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8,
+        "sample_size": 8}
 PLAIN = UNET | {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
 TEXTED = UNET | {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
                  "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
