@@ -137,7 +137,8 @@ def compare(restorers, batches, metrics, steps=0, eta=-1.0, seeds=3, border=0, f
     count, noise = first.settle(steps, eta)
     for share, other in front:
         n, x = round(share * count), other * noise
-        tested[f"{base}, {n} steps, eta {x}"] = (first, n, x)
+        if (n, x) != (count, noise):
+            tested[f"{base}, {n} steps, eta {x}"] = (first, n, x)
     rows = {}
     bar = tqdm(tested.items(), "eval", unit="model")
     for name, (restorer, n, x) in bar:
