@@ -110,7 +110,16 @@ def step_loss(restorer, reference, cfg, batch, k):
     return sum(terms.values()), info
 
 
-# ---- the phases of an iteration ----
+# ---- the phases of a run ----
+
+def shared_pool(source, degrade, cfg, accelerator):
+    """The training crops (lq, hq), (pool, 3, size, size) each; each process makes its part."""
+    own = own_part(cfg.pool, accelerator)
+    lq, hq = pool(source, degrade, cfg.size, cfg.seed, len(own), int(own[0]))
+    if accelerator.num_processes > 1:
+        lq, hq = (accelerator.gather(x.to(accelerator.device)).cpu() for x in (lq, hq))
+    return lq, hq
+
 
 @torch.no_grad()
 def collect(restorer, judge, lq, hq, gen, cfg, accelerator, keep=True):
@@ -316,11 +325,8 @@ def train(cfg, step_loss=step_loss):
         print(f"{accelerator.num_processes} process(es), {device}: {cfg}\n{len(source)} images "
               f"to train, {len(val_source)} for validation, {len(test_source)} to test")
 
-    # data: training crops that come back, a part of them made by each process; validation crops
-    own = own_part(cfg.pool, accelerator)
-    lq, hq = pool(source, degrade, cfg.size, cfg.seed, len(own), int(own[0]))
-    if accelerator.num_processes > 1:
-        lq, hq = (accelerator.gather(x.to(device)).cpu() for x in (lq, hq))
+    # data: training crops that come back, validation crops
+    lq, hq = shared_pool(source, degrade, cfg, accelerator)
     photographs = [source.names, val_source.names]
     val = in_batches(*held_out(val_source, degrade, cfg.size, 64)[:2], device)
     memory = RewardMemory(cfg.pool, cfg.steps if cfg.reward_mode == "step" else 1, MEMORY)
