@@ -49,6 +49,7 @@ MUTANTS = {
         ("new_run(out, cfg.resume)", "new_run(out, True)"),
     ],
     "rl.py": [
+        ("len(own), int(own[0]))", "len(own))"),
         ('batch["t"], batch["eps"])\n    with', 'batch["t"] * 0, batch["eps"])\n    with'),
         ("= [*path.x0[1:], path.z[", "= [*path.x0, path.z[-1]][:cfg.steps - 1] + [path.z["),
         ("judge(restorer.decode(clean[k], y), x)", "judge(restorer.decode(clean[k], x), x)"),
