@@ -300,7 +300,8 @@ def save_curves(path, rows, x):
 
 def hardest_region(lq, hq, side=REGION):
     """(top, left) of the square where lq and hq, (1, 3, H, W), differ most on average."""
-    change = F.avg_pool2d((lq - hq).abs().mean(1, keepdim=True), side, stride=8)[0, 0]
+    change = F.avg_pool2d((lq - hq).abs().mean(1, keepdim=True), 8)
+    change = F.avg_pool2d(change, side // 8, stride=1)[0, 0]
     top, left = divmod(int(change.argmax()), change.shape[1])
     return 8 * top, 8 * left
 
