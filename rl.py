@@ -126,8 +126,8 @@ def collect(restorer, judge, lq, hq, gen, cfg, accelerator, keep=True):
     """Rollout and reward of samples lq, hq (S, 3, H, W), the noise drawn for all of them.
 
     -> (batches of this process: dicts, [] unless keep; rewards (S, K) of all, on the CPU). K is 1
-    for --reward-mode final. For step, what is judged of step k is the clean image
-    that step k + 1 predicts anyway.
+    for --reward-mode final. For step, what is judged of step k is the clean image that step k + 1
+    predicts anyway.
     """
     condition, noise = draw(restorer, lq, cfg.steps, gen)
     own = own_part(len(lq), accelerator)
@@ -143,8 +143,6 @@ def collect(restorer, judge, lq, hq, gen, cfg, accelerator, keep=True):
             z0 = restorer.encode(x, y)
             batches.append({"own": part, "lq": y, "noise": n, "path": path, "z0": z0})
     rewards = accelerator.gather(torch.cat(rewards).to(accelerator.device)).cpu()
-    if rewards.isnan().all():
-        raise UserError(f"--reward {cfg.reward}: gives no score; see what it answers by reward.py")
     return batches, rewards
 
 
@@ -209,6 +207,8 @@ def update(loss_of, restorer, average, optimizer, batches, lq, gen, accelerator,
 
 def counted(rewards, reward_hq, cap):
     """Rewards (S, K) that count: none more than the ground truth's own (S,), unless cap is none."""
+    if rewards.isnan().all():
+        raise UserError("--reward: gives no score; see what it answers by reward.py")
     return torch.minimum(rewards, reward_hq[:, None]) if cap == "hq" else rewards
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import reward  # noqa: E402
 import rl  # noqa: E402
-from utils import UserError, option, parse, run_main  # noqa: E402
+from utils import option, parse, run_main  # noqa: E402
 
 plain_collect = rl.collect
 
@@ -38,10 +38,7 @@ def collect(restorer, judge, lq, hq, gen, cfg, accelerator, keep=True):
         scores = [job.result() for job in jobs]  # of each micro-batch, one for each judged step
     steps = rewards.shape[1]
     parts = [torch.stack(scores[i:i + steps], 1) for i in range(0, len(scores), steps)]
-    rewards = accelerator.gather(torch.cat(parts).to(accelerator.device)).cpu()
-    if rewards.isnan().all():
-        raise UserError(f"--reward {cfg.reward}: gives no score; see what it answers by reward.py")
-    return batches, rewards
+    return batches, accelerator.gather(torch.cat(parts).to(accelerator.device)).cpu()
 
 
 @dataclass

@@ -222,7 +222,7 @@ def test_the_hacking_curve_has_outside_metrics_at_each_look(call, tmp_path):
 
 def stored(claim, tmp_path, monkeypatch, *words):
     """The lines of the table of a claim, from its published scores."""
-    shutil.copytree(claims.ROOT / "results/scores" / claim, tmp_path / "out", dirs_exist_ok=True)
+    shutil.copytree(claims.ROOT / "results/scores" / claim, tmp_path / "out")
     monkeypatch.setattr(claims, "load_metrics", lambda names, device: dict.fromkeys(
         ("judge", "judge2", claims.LPIPS, "pyiqa:brisque ↓")))
     monkeypatch.setattr(sys, "argv", ["claims.py", claim, *words, "--out", str(tmp_path / "out")])
