@@ -162,7 +162,7 @@ def baseline(restorer, judge, memory, lq, hq, cfg, accelerator):
     for n in tqdm(range(2), "baseline", disable=quiet):
         gen = generator(cfg.seed, 20, n)
         _, rewards = collect(restorer, judge, lq, hq, gen, cfg, accelerator, keep=False)
-        memory.push(torch.arange(cfg.pool), counted(rewards, reward_hq, cfg.cap))
+        memory.push(torch.arange(cfg.pool), counted(rewards, reward_hq, cfg))
     return reward_hq
 
 
@@ -205,11 +205,11 @@ def update(loss_of, restorer, average, optimizer, batches, lq, gen, accelerator,
     return row | shares
 
 
-def counted(rewards, reward_hq, cap):
-    """Rewards (S, K) that count: none more than the ground truth's own (S,), unless cap is none."""
+def counted(rewards, reward_hq, cfg):
+    """Rewards (S, K) that count: none more than the ground truth's own (S,), unless --cap none."""
     if rewards.isnan().all():
-        raise UserError("--reward: gives no score; see what it answers by reward.py")
-    return torch.minimum(rewards, reward_hq[:, None]) if cap == "hq" else rewards
+        raise UserError(f"--reward {cfg.reward}: gives no score; see what it answers by reward.py")
+    return torch.minimum(rewards, reward_hq[:, None]) if cfg.cap == "hq" else rewards
 
 
 def grad_shares(terms, parameters):
@@ -355,7 +355,7 @@ def train(cfg, step_loss=step_loss):
 
         # advantage, from the memory of each input before it sees these rewards
         known = memory.mean()
-        gains = counted(rewards, reward_hq[ids], cfg.cap)
+        gains = counted(rewards, reward_hq[ids], cfg)
         advantage = advantages(gains, known[ids]).expand(-1, cfg.steps)
         memory.push(ids, gains)
 

@@ -82,7 +82,7 @@ def phases(own, step_loss, optimizer, fixed):
     cfg, lq, gen = fixed.cfg, fixed.lq, generator(fixed.cfg.seed)
     batches, rewards = rl.collect(own, fixed.judge, lq, fixed.hq, gen, cfg, fixed.accelerator)
     known, reward_hq = fixed.memory.mean(), torch.ones(len(lq))
-    gains = rl.counted(rewards, reward_hq, cfg.cap)
+    gains = rl.counted(rewards, reward_hq, cfg)
     advantage = rl.advantages(gains, known).expand(-1, cfg.steps)
     fixed.memory.push(torch.arange(len(lq)), gains)
     weight = rl.weights(cfg.weight, *[rl.iqa_gap(known[:, -1], reward_hq)] * 3)
