@@ -97,6 +97,15 @@ def test_an_example_runs(words, tmp_path, photo_folder):
         assert done.returncode == 0, done.stderr
 
 
+def test_speed_times_four_ways(photo_folder):
+    done = run("results/speed.py", *FAST, "--data", photo_folder)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [line[0] for line in lines] == ["| one iteration", "| networks", "| rl.py",
+                                           "| rl.py, DDPO's loss", "| ddpo-pytorch"]
+    assert lines[1][3] == "1.00" and all(float(line[1]) > 0 for line in lines[1:])
+
+
 @pytest.mark.parametrize("words", (
     ["rl.py", "--data", "/nowhere"], ["rl.py", "--model", "/nowhere"], ["rl.py", "--task", "nope"],
     ["rl.py", "--weight", "fixed:7"], ["rl.py", "--resume", "--out", "/nowhere"],
