@@ -16,7 +16,7 @@ Chosen here (the paper trains on DIV2K and the like; a laptop should need no dow
  2. A hash of each name splits a folder, so that one photograph more moves no other one: 10 % test,
     10 % val. Subfolders train, val and test, where there is one of them, are the split instead.
  3. Training crops are shrunk by 1, 2 or 3: more scales, and the JPEG blocks of sources vanish.
- 4. Flat crops teach nothing and are drawn again. lq has 8 bits, as a file has.
+ 4. Flat crops teach nothing and are drawn again. lq has 8 bits, as a file has (sr: the small one).
 
     python data.py --task derain                           # laptop: writes runs/data/derain.png
     python data.py --task sr --data DIV2K_HR --size 256    # full scale: decodes every file, too
@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -47,7 +47,9 @@ progress = partial(tqdm, delay=2, leave=False)  # a bar only for what takes long
 # ---- degradations, to be copied; x, y: (B, 3, H, W) in [0, 1], s: (B, 1, 1, 1), on the CPU ----
 
 def degrade(formula, hq, generator=None, severity=None):
-    """hq (B, 3, H, W) in [-1, 1] -> lq alike, of 8 bits, and severity (B,), uniform if None."""
+    """hq (B, 3, H, W) in [-1, 1] -> lq alike, of 8 bits, and severity (B,), uniform if None.
+
+    hq: float32, with sides of at least 16 pixels. severity: of all images, in [0, 1]."""
     shape = (len(hq), 1, 1, 1)
     fixed = severity is not None
     s = torch.full(shape, severity) if fixed else torch.rand(shape, generator=generator)
@@ -228,7 +230,7 @@ TASKS |= {f"jpeg{n}": partial(degrade, compress, severity=(60 - n) / 50) for n i
 def get_task(name):
     """The degradation called `name`."""
     if name not in TASKS:
-        raise utils.UserError(f"--task {name}: unknown; choose one of {', '.join(sorted(TASKS))}")
+        raise utils.UserError(f"--task {name}: choose one of {', '.join(sorted(TASKS))}")
     return TASKS[name]
 
 
@@ -325,7 +327,7 @@ def match_pairs(lq, hq, match):
     note = f"{len(pairs)} pairs by --match {match}, {len(alone)} files without a partner"
     note = ", ".join([note, *map(str, alone[:5])])
     if not pairs:
-        raise utils.UserError(f"--lq {lq}, --hq {hq}: {note}")
+        raise utils.UserError(f"--lq {lq}, --hq {hq}: {note}; see the top of data.py for --match")
     print(note, file=sys.stderr)
     return pairs
 
@@ -333,9 +335,14 @@ def match_pairs(lq, hq, match):
 def check_fit(lq, hq):
     """Raises UserError unless hq / lq is an integer, up to rows and columns that lq lacks.
 
-    Reads headers only; so lq and hq must be turned alike, by EXIF or not."""
-    with Image.open(lq) as low, Image.open(hq) as high:
-        (w, h), (width, height) = low.size, high.size
+    Reads headers only, with the quarter turns that EXIF asks for."""
+    sizes = []
+    for path in (lq, hq):
+        with Image.open(path) as image:
+            tags = Image.Image.getexif(image)  # that of PNG files would decode them
+            turned = tags.get(ExifTags.Base.Orientation, 1) >= 5
+            sizes.append(image.size[::-1] if turned else image.size)
+    (w, h), (width, height) = sizes
     factor = max(1, height // h)
     if (width // factor, height // factor) != (w, h):
         raise utils.UserError(f"{lq} ({w} x {h}), {hq} ({width} x {height}): sizes do not fit; lq "
@@ -394,6 +401,8 @@ class Crops(Dataset):
         def draw(high):
             return int(torch.randint(high, (), generator=generator))
 
+        if not 0 <= item < self.count:
+            raise IndexError(item)  # ends a loop over the crops
         generator = utils.generator(self.seed, 5, self.start + item)
         for _ in range(20):
             index = draw(len(self.source))

@@ -45,7 +45,7 @@ class RewardMemory(torch.nn.Module):
 
     def push(self, ids, rewards):
         """Remembers rewards (B, K) of inputs ids (B,), in this order; NaN is not remembered."""
-        for i, row in zip(ids.tolist(), rewards.tolist()):
+        for i, row in zip(ids.tolist(), rewards.tolist(), strict=True):
             for k, reward in enumerate(row):
                 if reward == reward:
                     self.rewards[i, k, self.count[i, k] % self.rewards.shape[2]] = reward
@@ -60,8 +60,11 @@ def advantages(rewards, baseline, clip=5.0, delta=1e-4):
     """A = (r - baseline) / (std + delta), centred over the batch, within +-clip.
 
     rewards (B, K), baseline (B, K): mean of each input's memory -> (B, K), in standard deviations.
-    An input without memory takes the batch's mean; a reward that is NaN has advantage 0.
+    An input without memory takes the batch's mean; a reward that is NaN has advantage 0, as has the
+    only one of a batch. Raises ValueError if the shapes differ.
     """
+    if rewards.shape != baseline.shape:
+        raise ValueError(f"rewards {rewards.shape}, baseline {baseline.shape}: not both (B, K)")
     baseline = torch.where(baseline.isnan(), rewards.nanmean(0), baseline)
     gain = rewards - baseline
     gain = gain - gain.nanmean(0)

@@ -57,17 +57,18 @@ def color_step(images, refs=None):
     return 127.5 * torch.cat([down.flatten(1), right.flatten(1)], 1).mean(1)
 
 
-def load_metrics(names, device):
+def load_metrics(names, device, loaded=None):
     """{name: metric(images, refs) -> (B,)}, each in its own direction; ↓: lower is better.
 
     lpips and brisque are left out where they would have to be fetched, which a line says.
+    loaded: {name: reward} of those that need not be loaded again.
     """
-    metrics = {}
+    metrics, loaded = {}, loaded or {}
     for name in names:
         if not ready(name.removeprefix("pyiqa:")):
             print(f"{name}: left out, its parameters are not here (reward.py would fetch them)")
             continue
-        metric = load_reward(name, device)
+        metric = loaded.get(name) or load_reward(name, device)
         if getattr(metric, "sign", 1) < 0:
             metrics[f"{name} ↓"] = lambda images, refs, metric=metric: -metric(images, refs)
         else:
@@ -86,7 +87,7 @@ def mosaic(images):
 def measure(metrics, images, refs, border=0):
     """Scores of lists of batches (B, 3, H, W): {name: (N,)}, or (1,) where all have one score."""
     images = [to_uint8(x).float() / 127.5 - 1 for x in images]  # as a file has them
-    small = max(images[0].shape[2:]) < 192
+    small = max(images[0].shape[2:]) < 192 and len({x.shape[1:] for x in images}) == 1
     scores = {}
     for name, metric in (metrics | FIDELITY | {"color_step ↓": color_step}).items():
         pairs = list(zip(images, refs))
@@ -220,10 +221,11 @@ def write_scores(path, rows, names):
 
 
 def gain_on_front(points, psnr_drop):
-    """The largest gain of the sampler's front at a drop of PSNR-Y, dB; NaN beyond its reach.
+    """The largest gain of the sampler's front at a drop of PSNR-Y, dB, or at a smaller one.
 
     points: (drop, gain) of other steps and eta, a drop below 0 is a gain of PSNR-Y; two of them
-    mixed, some images by one and some by the other, give all that lies between.
+    mixed, some images by one and some by the other, give all that lies between. NaN: no drop of
+    the front is so small.
     """
     front = [(0.0, 0.0), *points]
     gains = [gain for drop, gain in front if drop <= psnr_drop]
@@ -236,13 +238,14 @@ def format_front(rows, base, others, names, key="pyiqa:lpips ↓"):
     """A line for each of `names`: its gain of LPIPS beside the front's at the same PSNR-Y."""
     def change(name):
         return [mean_error(rows[base][k] - rows[name][k])[0] for k in ("psnr_y", key)]
-    points, lines = [change(name) for name in others], []
+    points, lines = [[0.0, 0.0], *map(change, others)], []
     for name in names:
         drop, gain = change(name)
         front = gain_on_front(points, drop)
         times = f", {gain / front:.1f} times" if front > 0 else ""
+        reach = f"{front:.4f}{times}" if drop <= max(points)[0] else "ends before"
         lines.append(f"{name}: {key} gains {gain:.4f} at {-drop:+.2f} dB of psnr_y; the sampler's "
-                     f"own front {front:.4f}{times}")
+                     f"own front {reach}")
     return "\n".join(lines)
 
 

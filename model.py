@@ -147,8 +147,8 @@ class Restorer:
             keys = PARTS.get(word, [word])
             found = {name: p for name, p in parameters.items() if any(key in name for key in keys)}
             if not word or not found:
-                raise UserError(f"--trainable {part}: no parameter has '{word}' in its name; give "
-                                f"all, modulation, lora, or words as in {next(iter(parameters))}")
+                raise UserError(f"--trainable {part}: '{word}' fits no parameter; give all, lora, "
+                                f"modulation, or words as in {next(iter(parameters))}")
             self.trainable |= found
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in self.trainable)
@@ -180,7 +180,9 @@ class Restorer:
             parameter.data.copy_(in_parts(state[name], parameter))
 
     def frozen_copy(self):
-        """The same, frozen, with its own copy of what trains; call it before wrapping net."""
+        """The same, frozen, with its own copy of what trains; the rest is shared.
+
+        Call it before net is wrapped, and train no more parameters afterwards."""
         shared = [p for p in self.bare_net.parameters() if not p.requires_grad]
         shared += self.frozen.values()
         other = copy.deepcopy(self, {id(x): x for x in shared})
@@ -217,7 +219,10 @@ class Restorer:
         return cls(parts.pop(cls.net_name), parts.pop("scheduler"), parts, settings, defaults)
 
     def save(self, folder):
-        """Writes a folder for `load`, whole or not at all."""
+        """Writes a folder for `load`, whole or not at all; only another restorer is replaced."""
+        folder = Path(folder)
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / "restorer.json").exists():
+            raise UserError(f"{folder}: holds something else; choose another folder")
         with atomic(folder) as temporary:
             temporary.mkdir()
             net, adapter = self.bare_net, self.adapter()

@@ -56,7 +56,7 @@ def psnr_y(images, refs):
 def ssim(images, refs):
     """Structural similarity in [-1, 1], mean over RGB and pixels (Wang et al. 2004); -> (B,)."""
     if min(images.shape[2:]) < 11:
-        raise UserError("ssim: needs 11 x 11 pixels; give larger images, or a smaller --border")
+        raise UserError("ssim: needs 11 x 11 pixels within a border; give larger images")
     x, y = (images + 1) / 2, (refs + 1) / 2  # eq. 13, window 11, sigma 1.5, no border
     line = torch.exp(-torch.arange(-5, 6, device=x.device, dtype=x.dtype) ** 2 / (2 * 1.5 ** 2))
     window = torch.outer(line, line).expand(3, 1, 11, 11) / line.sum() ** 2
@@ -74,14 +74,16 @@ REWARDS = {"psnr": psnr, "psnr_y": psnr_y, "ssim": ssim}
 
 
 def views(reward, count):
-    """The mean of a reward over `count` (1 to 8) symmetries of a square; NaN is left out of it."""
+    """The mean of a reward over `count` (1 to 8) symmetries of a square, NaN and inf left out."""
     def turned(x, view):  # mirror first, then the half turn, then the quarter turns
         if x is not None:
             return torch.rot90(x.flip(-1) if view % 2 else x, (0, 2, 1, 3)[view // 2], (-2, -1))
 
     def mean(images, refs=None):
         scores = [reward(turned(images, view), turned(refs, view)) for view in range(count)]
-        return torch.stack(scores).nanmean(0)
+        if any(x.shape != images.shape[:1] for x in scores):
+            raise UserError(f"a reward must be one number for each image, not {scores[0].shape}")
+        return torch.stack(scores).nan_to_num(math.nan, math.nan, math.nan).nanmean(0)
     return mean
 
 
@@ -286,7 +288,7 @@ def load(name, device="cpu"):
         return REWARDS[name]
     if head == "pyiqa":
         return PyiqaReward(source, device)
-    if head not in JUDGES:
+    if not source and not JUDGES.get(head, {}).get("source"):
         known = ", ".join([*REWARDS, *JUDGES])
         raise UserError(f"reward {name}: unknown; choose one of {known} (mllm:FOLDER), pyiqa:NAME")
     other = {"source": source, "subfolder": ""} if source else {}
@@ -304,7 +306,7 @@ def main():
     cfg, files = parse(Config, positional="image files")
     device = pick_device()
     reward = load(cfg.metric, device)
-    full = cfg.metric in REWARDS or getattr(reward, "full", False)
+    full = reward in (psnr, psnr_y, ssim) or getattr(reward, "full", False)
     if len(cfg.ref) != len(files) and (full or cfg.ref):
         raise UserError(f"--ref: give a reference for each of {len(files)} images, in their order")
     sign = getattr(reward, "sign", 1)  # printed as the metric defines it

@@ -20,8 +20,8 @@ Chosen here:
     same log p, so rho is exactly 1 before the first optimizer step of an iteration.
  3. A reward counts up to the ground truth's own (--cap): to be judged better than a photograph is
     no merit. It is the mean over symmetric views: much of what one view says is noise.
- 4. Each optimizer step has its own half of the denoising steps with sigma_t > 0; of an odd number
-    one is left out at random.
+ 4. Each optimizer step has its own half of the denoising steps whose sigma_t is not small
+    (sample.py); of an odd number one is left out at random.
  5. Ours alone: a running average of the weights is what is judged and kept, the one with the best
     reward on validation photographs among those that lost at most --max-drop dB there.
  6. All random numbers of an iteration come from (seed, iteration), for all samples, of which each
@@ -173,7 +173,7 @@ def update(loss_of, restorer, average, optimizer, batches, lq, gen, accelerator,
     lq: of the samples of all processes, for which noise is drawn. look: also the share of each
     term in the gradient's norm, for the first micro-batch.
     """
-    usable = torch.tensor(batches[0]["path"].stochastic)
+    usable = torch.tensor(batches[0]["path"].usable)
     usable = usable[torch.randperm(len(usable), generator=gen)].tolist()
     part = max(1, len(usable) // UPDATES)
     accelerator.gradient_accumulation_steps = part * len(batches)
@@ -252,7 +252,7 @@ class Config:
     inputs: int = option(128, "lq images per iteration", least=1)
     samples: int = option(1, "restorations of each", least=1)
     pool: int = option(512, "training crops that come back; each has a memory", least=2)
-    size: int = option(64, "side of a crop in pixels", least=16)
+    size: int = option(64, "side of a crop in pixels", least=32)
     steps: int = option(0, "DDIM steps; 0: as the SFT restorer was trained", least=0)
     eta: float = option(-1.0, "stochasticity of the policy; -1: as trained", least=-1)
     views: int = option(8, "turned and mirrored views of an image that are judged", [1, 2, 4, 8])
@@ -281,7 +281,9 @@ def check(cfg, restorer, processes):
         f"--micro-batch {cfg.micro_batch}: must divide {local}, the samples of a process":
             cfg.micro_batch >= local or local % cfg.micro_batch == 0,
         f"--steps {cfg.steps}: must be at least 2": cfg.steps >= 2,
-        f"--eta {cfg.eta}: must be above 0, or there is no policy": cfg.eta > 0,
+        f"--eta {cfg.eta}: must be at least 0.01, or there is no policy": cfg.eta >= 0.01,
+        "--inputs 1: needs --samples 2, or there is nothing to compare":
+            cfg.inputs * cfg.samples > 1,
         "--reward judge2: is the check, never a reward; use judge": cfg.reward != "judge2",
     }
     for rule, holds in rules.items():
@@ -410,8 +412,8 @@ def train(cfg, step_loss=step_loss):
 def report(cfg, reference, average, judge, source, degrade, out):
     """Table, picture and scores.csv: the SFT restorer and the new one on test photographs."""
     lq, hq, names = held_out(source, degrade, cfg.size, 128)
-    metrics = load_metrics([x for x in INSTRUMENTS if x != cfg.reward], reference.device)
-    metrics = {cfg.reward: judge} | metrics
+    instruments = dict.fromkeys([cfg.reward, *INSTRUMENTS])
+    metrics = load_metrics(instruments, reference.device, {cfg.reward: judge})
     restorers = {"sft": reference, "rl": average}
     batches = in_batches(lq, hq, reference.device)
     rows = compare(restorers, batches, metrics, cfg.steps, cfg.eta)

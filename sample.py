@@ -23,10 +23,17 @@ Chosen here because the paper's text is not public [R in the README]:
  1. log_prob is the mean over C, H, W, not the sum: a sum over 10^4 dimensions makes the ratio of
     two policies explode. A clip range for it is then of the order 1e-4 to 1e-2.
  2. A step with sigma_t = 0 (eta = 0, or the last one where abar_{t-1} = 1) is deterministic: its
-    log_prob is 0 here, and `Rollout.stochastic` keeps it out of every loss.
+    log_prob is 0 here. The gradient of log_prob grows as 1 / sigma_t: by "leading" times, those of
+    Stable Diffusion, the last step but one has a sigma_t a hundred times smaller than the first,
+    and 0.9 of the gradient (results/LOG.md). `Rollout.usable` leaves both out of the policy loss.
  3. All arithmetic of the step is float32, whatever the network computes in.
  4. All noise is drawn beforehand (`draw`), so that a rollout is a function of its noise: a batch
     can be cut into parts, for memory or for several processes, and gives the same samples.
+
+A restorer here is any object with scheduler, a DDIMScheduler of diffusers, latent_shape(lq),
+condition(lq, generator) and predict(z_t, t, condition), as in model.py; `restore` also asks for
+device, defaults, settle, multiple, factor and decode. These functions need torch only and work
+copied alone; the script needs the files beside it.
 
     python sample.py photo.png                                   # laptop: the shipped x4 restorer
     python sample.py folder/ --model runs/sr-0/model --out album       # a fine-tuned one, on a GPU
@@ -128,9 +135,9 @@ class Rollout(NamedTuple):
     sigma_t: torch.Tensor     # (N,)
 
     @property
-    def stochastic(self):
-        """The steps k with sigma_t > 0, a list: those that a policy loss may use."""
-        return self.sigma_t.nonzero().flatten().tolist()
+    def usable(self):
+        """The steps k for a policy loss, a list: sigma_t is above a tenth of the largest."""
+        return (self.sigma_t > 0.1 * self.sigma_t.max()).nonzero().flatten().tolist()
 
 
 def draw(restorer, lq, steps, generator):
@@ -169,11 +176,12 @@ def replay(restorer, path, k, eta):
     The same batch gives the same arithmetic, so before any update log_prob is path.log_prob[k].
     """
     count = path.z.shape[1]
-    output = restorer.predict(path.z[k], path.t[k].expand(count), path.condition)
+    z_t, z_prev = path.z[k].detach(), path.z[k + 1].detach()
+    output = restorer.predict(z_t, path.t[k].expand(count), path.condition)
     a, b = (alpha_bar.expand(count) for alpha_bar in path.alpha_bar[k])
     scheduler = restorer.scheduler
-    return ddim_step(output, path.z[k], a, b, eta, scheduler.config.prediction_type,
-                     z_prev=path.z[k + 1], clip_x0=clip_of(scheduler))
+    return ddim_step(output, z_t, a, b, eta, scheduler.config.prediction_type,
+                     z_prev=z_prev, clip_x0=clip_of(scheduler))
 
 
 # ---- images of any size ----

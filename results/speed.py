@@ -106,7 +106,7 @@ def ddpo_pytorch(own, optimizer, fixed):
     condition, reward, z, z_prev, old = (torch.cat(parts) for parts in zip(*samples))
     advantage = ((reward - reward.mean()) / (reward.std() + 1e-8)).clamp(-5, 5)
     order = torch.randperm(len(reward), generator=gen)
-    usable = torch.tensor(path.stochastic)  # each sample has them in an order of its own
+    usable = torch.tensor(path.usable)  # each sample has them in an order of its own
     steps = torch.stack([usable[torch.randperm(len(usable), generator=gen)] for _ in order])
     parts = order.split(cfg.micro_batch)
     every = math.ceil(len(parts) / rl.UPDATES)

@@ -126,8 +126,8 @@ def noisiest(count, collect=rl.collect):
     """rl.collect, of whose steps the first `count` train: fewer passes, as many updates."""
     class Part(Rollout):
         @property
-        def stochastic(self):
-            return super().stochastic[:count]
+        def usable(self):
+            return super().usable[:count]
 
     def part(*args, **keep):
         batches, rewards = collect(*args, **keep)

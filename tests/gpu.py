@@ -131,7 +131,7 @@ def phases(restorer, judge, size, count):
     loss_of = functools.partial(rl.step_loss, restorer, reference, cfg)
     update = functools.partial(rl.update, loss_of, restorer, average, optimizer, [batch], lq,
                                generator(2), accelerator, False)
-    passes = rl.UPDATES * (len(path.stochastic) // rl.UPDATES)
+    passes = rl.UPDATES * (len(path.usable) // rl.UPDATES)
     found = {"ratio error": update()["ratio_error"]}  # warms up, as collect did for the rest
     found["update step"] = timed(update) / passes
     with torch.no_grad():

@@ -139,7 +139,7 @@ def test_a_step_counts_by_its_noise_and_the_noisiest_train(batch):
     more = parts | {"advantage": parts["advantage"] * sigma[k] / sigma[:4].mean()}
     torch.testing.assert_close(info["terms"]["rl"], rl.step_loss(*rest, more, k)[1]["terms"]["rl"])
     found, rewards = variants.noisiest(2, lambda *args: ([parts], "rewards"))()
-    assert found[0]["path"].stochastic == [0, 1] and parts["path"].stochastic == [0, 1, 2, 3]
+    assert found[0]["path"].usable == [0, 1] and parts["path"].usable == [0, 1, 2, 3]
     assert rewards == "rewards" and found[0]["path"].z is parts["path"].z
 
 

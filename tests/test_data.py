@@ -127,6 +127,19 @@ def test_sizes_are_read_from_headers(size, tmp_path, monkeypatch):
         pairs_in(tmp_path)
 
 
+def test_pairs_fit_as_exif_turns_them(tmp_path):
+    tags = Image.Exif()
+    tags[0x0112] = 6  # a quarter turn
+    for folder in ("hq", "raw", "lq"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (48, 32)).save(tmp_path / "hq/a.jpg", exif=tags)
+    Image.new("RGB", (24, 16)).save(tmp_path / "raw/a.png")
+    Image.new("RGB", (16, 24)).save(tmp_path / "lq/a.png")
+    assert [x.shape for x in pairs_in(tmp_path)[0]] == [(3, 48, 32)] * 2
+    with pytest.raises(UserError, match="sizes do not fit"):
+        pairs_in(tmp_path, lq="raw")
+
+
 # ---- crops ----
 
 def test_a_crop_depends_on_seed_and_item_alone():
@@ -135,6 +148,7 @@ def test_a_crop_depends_on_seed_and_item_alone():
     assert plain[0].shape == plain[1].shape == (10, 3, 32, 32) and plain[1].abs().max() <= 1
     alone = [Crops(source, TASKS["mixed"], 32, 3, 5, start=i)[0] for i in range(10)]
     assert all(torch.equal(a, torch.stack(b)) for a, b in zip(plain, zip(*alone)))
+    assert len(list(Crops(source, TASKS["sr"], 32, 3, 2))) == 2  # a loop ends
     assert not torch.equal(plain[1], pool(source, TASKS["mixed"], 32, 4, 10)[1])
     lq, hq = pool(source, TASKS["denoise50"], 32, 0, 2)
     assert abs(torch.corrcoef((lq - hq).flatten(1))[0, 1]) < 0.2

@@ -59,6 +59,8 @@ def test_advantage_is_clipped_and_finite(gen):
     baseline[5] = float("nan")
     a = advantages(rewards, baseline)
     assert a[3] == 0 and a.isfinite().all() and a[5] != 0
+    with pytest.raises(ValueError, match="not both"):  # (40,) would be spread over (40, 40)
+        advantages(rewards[:, 0], baseline)
 
 
 def test_distance_is_zero_beyond_the_ground_truth():

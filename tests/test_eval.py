@@ -39,6 +39,8 @@ def test_measure_rounds_to_8_bits_cuts_the_border_and_lays_sets_out(gen):
     assert inner["psnr"].max() < 60  # half a level of 255: rounding is seen
     large = torch.zeros(2, 3, 192, 200)
     assert measure(metrics, [large], [large])["pyiqa:brisque ↓"].shape == (2,)
+    sizes = [images[:1], images[:1, :, 4:]]  # small ones of different sizes
+    assert measure(metrics, sizes, sizes)["pyiqa:brisque ↓"].shape == (2,)
 
 
 def test_metrics_keep_their_own_direction_and_missing_ones_are_said(monkeypatch, capsys):
@@ -101,6 +103,11 @@ def test_the_front_is_the_best_of_its_points_at_the_same_loss():
     assert gain_on_front(points, 0.15) == pytest.approx(0.012)
     assert gain_on_front(points, 0.4) == pytest.approx(0.014)
     assert gain_on_front([(0.2, 0.014), (0.1, 0.004)], 0.1) == pytest.approx(0.007)  # a mixture
+    rows = {name: {"psnr_y": torch.tensor([30 - drop]), "pyiqa:lpips ↓": torch.tensor([1 - gain])}
+            for name, drop, gain in (("sft", 0, 0), ("more", 0.2, 0.02), ("near", 0.1, 0.02),
+                                     ("far", 0.3, 0.02))}
+    near, far = evaluation.format_front(rows, "sft", ["more"], ["near", "far"]).splitlines()
+    assert near.endswith("front 0.0100, 2.0 times") and far.endswith("front ends before")
 
 
 def test_the_region_shown_is_where_lq_differs_most_and_fooled_judges_are_named(tmp_path, gen,

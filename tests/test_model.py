@@ -92,7 +92,11 @@ def test_what_a_wrapped_net_saves_loads_with_identical_outputs(restorer, tmp_pat
     restorer.train_only("all")
     assert list(restorer.state_dict()) == names
     restorer.defaults["steps"] = 7
+    (tmp_path / "mine/thesis").mkdir(parents=True)
+    with pytest.raises(UserError, match="mine: holds something else"):
+        restorer.save(tmp_path / "mine")
     restorer.save(tmp_path / "r")
+    restorer.save(str(tmp_path / "r"))  # over another restorer
     loaded = model.load(str(tmp_path / "r"), dtype="bfloat16")
     wanted = restorer.to("cpu", torch.bfloat16).dtype  # float32 on a CPU for which that is slow
     assert type(loaded) is type(restorer) and loaded.dtype == wanted

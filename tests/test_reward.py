@@ -58,6 +58,10 @@ def test_views_are_the_symmetries_of_a_square_and_leave_out_nan(gen):
     torch.testing.assert_close(views(pixel, 2)(images, images), turned[:, 0] + turned[:, 1])
     images[0, :, 0, -2] = math.nan
     torch.testing.assert_close(views(pixel, 8)(images)[0], turned[0, [0, *range(2, 8)]].mean())
+    images[0, :, 0, -2] = -math.inf  # no score either
+    torch.testing.assert_close(views(pixel, 8)(images)[0], turned[0, [0, *range(2, 8)]].mean())
+    with pytest.raises(UserError, match="one number for each image"):
+        views(lambda x, refs: x.mean((1, 2)), 1)(images)
 
 
 @pytest.mark.parametrize("name", ("judge", "judge2"))

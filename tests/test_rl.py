@@ -323,6 +323,7 @@ def test_resumed_equals_unstopped_and_what_does_not_fit_is_refused(run, monkeypa
     ({"reward": "judge2"}, "never a reward"), ({"reward": "mute"}, "--reward mute"),
     ({"weight": "x"}, "--weight"), ({"inputs": 7}, "--inputs"), ({"size": 36}, "--size"),
     ({"micro_batch": 3}, "--micro-batch"), ({"steps": 1}, "--steps"), ({"lr": 1e30}, "--lr"),
+    ({"eta": 1e-9}, "--eta"), ({"inputs": 1}, "--samples 2"),
     ({"trainable": "nothing"}, "--trainable")))
 def test_bad_settings_are_named(changes, words, run):
     with pytest.raises(UserError, match=words):

@@ -82,7 +82,7 @@ def test_rollout_keeps_what_the_update_needs(tiny_restorer, gen):
     assert times == path.t.tolist() == [999, 799, 599, 399, 199]
     assert path.z.shape == (6, 3, 3, 16, 16) and path.x0.shape == (5, 3, 3, 16, 16)
     assert not torch.allclose(noise[1, 0], noise[1, 1])
-    assert torch.equal(path.z[0], noise[0]) and path.stochastic == [0, 1, 2, 3]
+    assert torch.equal(path.z[0], noise[0]) and path.usable == [0, 1, 2, 3]
     assert (path.log_prob[-1] == 0).all()
     for k in range(4):  # the same weights: the ratio is exactly 1, and the gradient gets through
         step = replay(restorer, path, k, 1.0)
@@ -90,6 +90,26 @@ def test_rollout_keeps_what_the_update_needs(tiny_restorer, gen):
         assert torch.equal(step.mean + step.sigma_t.view(-1, 1, 1, 1) * noise[k + 1], path.z[k + 1])
     step.log_prob.sum().backward()
     assert all(p.grad is not None for p in restorer.weights())
+
+
+def test_a_step_whose_sigma_is_tiny_is_no_part_of_a_policy_loss(tiny_restorer, gen):
+    restorer, lq = tiny_restorer(), torch.zeros(1, 3, 16, 16)
+    config = restorer.scheduler.config
+    restorer.scheduler = type(restorer.scheduler).from_config(config, timestep_spacing="leading")
+    path = rollout(restorer, *draw(restorer, lq, 5, gen), 1.0)
+    assert 0 < path.sigma_t[3] < 0.1 * path.sigma_t[0] and path.usable == [0, 1, 2]
+
+
+def test_a_gradient_of_the_rollout_is_not_one_of_the_replay(tiny_restorer, gen):
+    """A rollout outside of no_grad: what was sampled stays fixed in the policy gradient."""
+    restorer, grads = tiny_restorer(), []
+    drawn = draw(restorer, torch.zeros(2, 3, 16, 16), 4, gen)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            path = rollout(restorer, *drawn, 1.0)
+        log_prob = replay(restorer, path, 2, 1.0).log_prob.sum()
+        grads.append(torch.autograd.grad(log_prob, restorer.weights(), materialize_grads=True))
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
 @pytest.mark.parametrize("length, tile, overlap", ((100, 40, 10), (64, 64, 16), (7, 32, 8),

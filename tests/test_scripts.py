@@ -82,6 +82,7 @@ def test_rl_leaves_what_it_promises_and_sample_and_eval_take_it(tmp_path, photo_
     ["new_task.py", "sft", "--steps", 2, "--batch", 2, "--size", 32],
     ["new_restorer.py", "sft", "--task", "denoise", "--steps", 2, "--batch", 2, "--size", 32],
     ["../weights/train_restorer.py", "--task", "sr+jpeg", "--steps", 2, "--batch", 2, "--size", 32],
+    ["../weights/train_restorer.py", "--steps", 1, "--batch", 2, "--size", 32],
     ["ddpo.py", *FAST, "--samples", 2], ["elbo.py", *FAST], ["reward_gradient.py", *FAST],
     ["judge_elsewhere.py", *FAST, "--judge-device", "cpu"]))
 def test_an_example_runs(words, tmp_path, photo_folder):

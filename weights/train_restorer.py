@@ -31,7 +31,8 @@ def main():
     kinds = cfg.task.split("+")
     for kind in kinds:
         get_task(kind)  # one line if it is not known
-    TASKS[cfg.task] = partial(degrade_mixed, kinds=kinds)
+    if len(kinds) > 1:
+        TASKS[cfg.task] = partial(degrade_mixed, kinds=kinds)
     sft.train(cfg)
     for file in Path(cfg.out or f"runs/sft-{cfg.task}-{cfg.seed}", "model").glob("*/*.safetensors"):
         halve(file)
