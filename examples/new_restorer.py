@@ -38,9 +38,9 @@ class Network(nn.Module):
 
 
 class Mine(model.Restorer):
-    """z = 5 (hq - lq), predicted as epsilon."""
+    """z = scale (hq - lq), predicted as epsilon."""
 
-    family = "mine"
+    family, settings = "mine", {"scale": 5.0}  # settings are saved in restorer.json
 
     @classmethod
     def create(cls):
@@ -49,10 +49,10 @@ class Mine(model.Restorer):
         return cls(model.seeded(Network), scheduler, defaults={"steps": 5})
 
     def encode(self, hq, lq):
-        return 5 * (hq - lq)
+        return self.settings["scale"] * (hq - lq)
 
     def decode(self, z, lq):
-        return (lq + z / 5).clamp(-1, 1)
+        return (lq + z / self.settings["scale"]).clamp(-1, 1)
 
     def forward(self, z_t, t, condition):
         return self.net(z_t, t, condition)
@@ -60,14 +60,16 @@ class Mine(model.Restorer):
     def save_parts(self, folder, net):
         from safetensors.torch import save_file
         save_file(net.state_dict(), folder / "network.safetensors")
+        self.scheduler.save_pretrained(folder / "scheduler")
 
     @classmethod
     def from_folder(cls, folder, defaults, settings):
+        from diffusers import DDIMScheduler
         from safetensors.torch import load_file
-        restorer = cls.create()
-        restorer.defaults |= defaults
-        restorer.net.load_state_dict(load_file(folder / "network.safetensors"))
-        return restorer
+        net = Network()
+        net.load_state_dict(load_file(folder / "network.safetensors"))
+        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+        return cls(net, scheduler, settings=settings, defaults=defaults)
 
 
 def main():
@@ -75,7 +77,7 @@ def main():
     stage, *words = sys.argv[1:] or [""]
     if stage not in ("sft", "rl"):
         raise UserError("usage: new_restorer.py sft ... | rl ...")
-    if stage == "sft":
+    if stage == "sft" and "--model" not in words:
         Mine.create().save("runs/mine-start")
         words = ["--model", "runs/mine-start", *words]
     script = sft if stage == "sft" else rl

@@ -336,8 +336,9 @@ class Config(rl.Config):
 
 def main():
     cfg, words = parse(Config, positional="one of C1 to C8")
-    if len(words) != 1 or words[0] not in claims(cfg) or not "".join(cfg.seeds).isdigit():
-        raise UserError("give one claim, C1 to C8, and --seeds that are whole numbers")
+    numbers = "".join(cfg.seeds).isdigit() and len(set(cfg.seeds)) == len(cfg.seeds)
+    if len(words) != 1 or words[0] not in claims(cfg) or not numbers:
+        raise UserError("give one claim, C1 to C8, and --seeds that are different whole numbers")
     cfg, claim = replace(cfg, **TINY) if cfg.tiny else cfg, words[0]
     rows = plan(claim, cfg)
     check_settings(cfg)
