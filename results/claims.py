@@ -24,7 +24,7 @@ How to read a table
     decides, the rest describes.
  3. brisque is of all crops together: its interval is over seeds.
  4. "x front": LPIPS gained, over what the SFT restorer gains by other steps and eta at that PSNR-Y;
-    in brackets the difference of the two, ± over seeds, on these photographs.
+    in brackets the mean over seeds of gain minus front, ± over seeds, on these photographs.
  5. All rows of a claim have the same updates and reward calls, but for those marked *: their
     claim is about the length, or (judge's gradient) the loss itself calls the judge.
  6. Tune with --split val. The test photographs are for what is settled.

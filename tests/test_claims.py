@@ -228,7 +228,7 @@ def stored(claim, tmp_path, monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["claims.py", claim, *words, "--out", str(tmp_path / "out")])
     claims.main()
     table = (tmp_path / f"out/{claim}-test.md").read_text(encoding="utf-8")
-    return [line.removesuffix(" - |") for line in table.splitlines()[2:]]  # without minutes
+    return [line.rpartition(" | ")[0] + " |" for line in table.splitlines()[2:]]  # but minutes
 
 
 C5 = "C5", "--max-drop", "99", "--models", "runs/former/weights/sr", "runs/sft-latent/model"
@@ -241,6 +241,16 @@ def test_the_published_table_is_that_of_the_published_scores(claim, tmp_path, mo
     lines = [line for line in lines if " minus " not in line]
     assert len(lines) == {"C5": 6, "C6": 6, "C7": 20}[claim[0]]
     assert all(f"{line}\n" in published for line in lines)
+
+
+def test_the_readme_has_what_the_default_runs_logged():
+    runs = (claims.ROOT / "results/scores/C7/default").iterdir()
+    rows = [row for folder in runs for row in claims.log(folder)[1:]]
+    readme = (claims.ROOT / "README.md").read_text(encoding="utf-8")
+    for key in ("spread", "approx_kl", "share_rl", "share_sft"):
+        values = [row[key] for row in rows if key in row]
+        text = f"{min(values):.1g} to {max(values):.1g}".replace("e-0", "e-")
+        assert len(values) in (15, 60) and text in readme, key
 
 
 def test_scores_of_other_photographs_and_a_run_without_its_model_are_named(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ Loss: cross entropy of the next token behind the stem with soft labels, as in De
 
 Chosen here
  1. judge learns LPIPS (alex) and DISTS, on every second training photograph; judge2, of another
-    class, FSIM on the others. LPIPS (vgg), NIQE, BRISQUE, GMSD and VIF are left for the check.
+    class, FSIM on the others. LPIPS (vgg), GMSD and VIF are left for the check.
     Shipped are judge2 and, hardened, judge as weights/broad; weights/judge is of an older recipe.
  2. The patch embedding starts as a PCA whitening of patches: quality is in high frequencies.
  3. Photographs differ in softness and grain (filmed), and every image that is learned from has a
@@ -272,7 +272,7 @@ def build_judge(recipe):
 def whiten_patches(judge, images):
     """Sets the patch embedding to the PCA whitening of the patches of uint8 (B, 3, H, W).
 
-    What varies by less than 4 of 255 is not enlarged: a judge would see what nobody sees."""
+    What varies by less than about 2 of 255 is not enlarged: a judge would see what nobody sees."""
     projection = judge.model.model.visual.patch_embed.proj
     patches = judge.inputs(images)["pixel_values"].double()  # (patches, 3 * 4 * 4)
     mean = patches.mean(0)
@@ -309,7 +309,7 @@ def turned(images, view, gen):
 
 
 def faint(images, gen):
-    """uint8 (B, 3, S, S) with noise that nobody sees, up to 2 levels, grey and color, of 1 and 2
+    """uint8 (B, 3, S, S) with noise that nobody sees, std about 2 levels at most, grey and color, of 1 and 2
     pixels: else a judge learns traces of a level that tell a rung, and not how it looks."""
     noise, every = 0, torch.rand(len(images), 1, 1, 1, generator=gen)
     for side, channels in ((1, 1), (1, 3), (2, 1), (2, 3)):
