@@ -288,7 +288,7 @@ def load(name, device="cpu"):
         return REWARDS[name]
     if head == "pyiqa":
         return PyiqaReward(source, device)
-    if not source and not JUDGES.get(head, {}).get("source"):
+    if head not in JUDGES or not (source or JUDGES[head]["source"]):
         known = ", ".join([*REWARDS, *JUDGES])
         raise UserError(f"reward {name}: unknown; choose one of {known} (mllm:FOLDER), pyiqa:NAME")
     other = {"source": source, "subfolder": ""} if source else {}

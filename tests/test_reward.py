@@ -178,7 +178,8 @@ def test_broken_folders_and_unsafe_names_are_one_line_errors(tmp_path, monkeypat
     (folder / "model.safetensors").unlink()
     torch.save(whole, folder / "pytorch_model.bin")  # complete, but refused
     fails(f"mllm:{folder}", "cannot be used")
-    for name, words in (("nope", "unknown"), ("qrealign-mini", "a network"),
+    for name, words in (("nope", "unknown"), ("nope:x", "unknown"), ("mllm", "mllm:FOLDER"),
+                        ("qrealign-mini", "a network"),
                         ("pyiqa:nope", "list_models"), ("pyiqa:piqe", "noise")):
         fails(name, words)
     monkeypatch.setitem(JUDGES["judge"], "levels", ("splendid", "good"))
