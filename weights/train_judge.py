@@ -309,8 +309,9 @@ def turned(images, view, gen):
 
 
 def faint(images, gen):
-    """uint8 (B, 3, S, S) with noise that nobody sees, std about 2 levels at most, grey and
-    color, of 1 and 2 pixels: else a judge learns traces of a level that tell a rung, and not how it looks."""
+    """uint8 (B, 3, S, S) with noise that nobody sees, of a standard deviation of about 2 levels at
+    most, grey and color, of 1 and 2 pixels: else a judge learns traces of a level that tell a rung,
+    and not how it looks."""
     noise, every = 0, torch.rand(len(images), 1, 1, 1, generator=gen)
     for side, channels in ((1, 1), (1, 3), (2, 1), (2, 3)):
         shape = len(images), channels, *(length // side for length in images.shape[2:])
