@@ -339,7 +339,7 @@ def check_fit(lq, hq):
     sizes = []
     for path in (lq, hq):
         with Image.open(path) as image:
-            tags = Image.Image.getexif(image)  # that of PNG files would decode them
+            tags = Image.Image.getexif(image)  # PNG's own would decode the file
             turned = tags.get(ExifTags.Base.Orientation, 1) >= 5
             sizes.append(image.size[::-1] if turned else image.size)
     (w, h), (width, height) = sizes

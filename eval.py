@@ -12,7 +12,8 @@
 Chosen here:
  1. Two models see the same noise, of (seed, number of the first image): paired differences.
  2. brisque and niqe say nothing on a crop of 64 pixels: images under 192 pixels are laid out as one
-    mosaic per model, which has one score; its seams are in it, for all models alike.
+    mosaic per model, which has one score (not if their sizes differ); its seams are in it, for all
+    models alike.
  3. Images are rounded to 8 bits; --border pixels are cut for psnr_y, psnr and ssim: compare only
     numbers of the same border, it alone moves PSNR by up to 1 dB.
  4. The sampler's own front (--front): what other numbers of steps and eta do to the first model,
@@ -221,13 +222,14 @@ def write_scores(path, rows, names):
 
 
 def gain_on_front(points, psnr_drop):
-    """The largest gain of the sampler's front at a drop of PSNR-Y, dB, or at a smaller one.
+    """The largest gain of the sampler's front at a drop of PSNR-Y, dB; NaN beyond its reach.
 
     points: (drop, gain) of other steps and eta, a drop below 0 is a gain of PSNR-Y; two of them
-    mixed, some images by one and some by the other, give all that lies between. NaN: no drop of
-    the front is so small.
+    mixed, some images by one and some by the other, give all that lies between.
     """
     front = [(0.0, 0.0), *points]
+    if psnr_drop > max(drop for drop, _ in front):
+        return math.nan
     gains = [gain for drop, gain in front if drop <= psnr_drop]
     gains += [low + (high - low) * (psnr_drop - near) / (far - near)
               for near, low in front for far, high in front if near <= psnr_drop < far]
@@ -238,12 +240,12 @@ def format_front(rows, base, others, names, key="pyiqa:lpips ↓"):
     """A line for each of `names`: its gain of LPIPS beside the front's at the same PSNR-Y."""
     def change(name):
         return [mean_error(rows[base][k] - rows[name][k])[0] for k in ("psnr_y", key)]
-    points, lines = [[0.0, 0.0], *map(change, others)], []
+    points, lines = [change(name) for name in others], []
     for name in names:
         drop, gain = change(name)
         front = gain_on_front(points, drop)
         times = f", {gain / front:.1f} times" if front > 0 else ""
-        reach = f"{front:.4f}{times}" if drop <= max(points)[0] else "ends before"
+        reach = "ends before" if math.isnan(front) else f"{front:.4f}{times}"
         lines.append(f"{name}: {key} gains {gain:.4f} at {-drop:+.2f} dB of psnr_y; the sampler's "
                      f"own front {reach}")
     return "\n".join(lines)

@@ -81,9 +81,10 @@ def views(reward, count):
 
     def mean(images, refs=None):
         scores = [reward(turned(images, view), turned(refs, view)) for view in range(count)]
-        if any(x.shape != images.shape[:1] for x in scores):
-            raise UserError(f"a reward must be one number for each image, not {scores[0].shape}")
-        return torch.stack(scores).nan_to_num(math.nan, math.nan, math.nan).nanmean(0)
+        scores = torch.stack(scores)
+        if scores.shape != (count, len(images)):
+            raise UserError("a reward must be one number for each image, (B,)")
+        return scores.where(scores.isfinite(), math.nan).nanmean(0)
     return mean
 
 

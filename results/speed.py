@@ -34,7 +34,7 @@ from variants import outside  # noqa: E402
 
 import rl  # noqa: E402
 from eval import load_metrics, markdown  # noqa: E402
-from sample import ddim_step, draw, rollout, time_grid  # noqa: E402
+from sample import ddim_step, draw, rollout  # noqa: E402
 from utils import generator, option, parse, pick_device, run_main, to_uint8  # noqa: E402
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -131,8 +131,9 @@ def turns(cfg):
     cfg.steps, cfg.eta = restorer.settle(cfg.steps, cfg.eta)
     restorer.train_only(cfg.trainable)
     lq, hq = rl.pool(rl.open_split(cfg, "train"), rl.get_task(cfg.task), cfg.size, 0, cfg.inputs)
-    *_, ends = time_grid(restorer.scheduler, cfg.steps)
-    usable = int((ends < 1).sum())  # steps of sigma_t > 0
+    drawn = (x.to(device) for x in draw(restorer, lq[:1], cfg.steps, generator(0)))
+    with torch.no_grad():
+        usable = len(rollout(restorer, *drawn, cfg.eta).usable)
     scorer = rl.load_reward(cfg.reward, device)
     fixed = SimpleNamespace(
         cfg=cfg, lq=lq, hq=hq, reference=restorer.frozen_copy(), average=restorer.frozen_copy(),

@@ -97,8 +97,8 @@ def half(hard):
 
 def by_sigma(restorer, reference, cfg, batch, k):
     """rl.step_loss with the advantage of step k times sigma_k / mean sigma."""
-    sigma = batch["path"].sigma_t
-    share = sigma[k] / sigma[sigma > 0].mean()
+    path = batch["path"]
+    share = path.sigma_t[k] / path.sigma_t[path.usable].mean()
     return rl.step_loss(restorer, reference, cfg,
                         batch | {"advantage": batch["advantage"] * share}, k)
 

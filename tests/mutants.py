@@ -159,7 +159,8 @@ MUTANTS = {
         ('lq + z / self.settings["residual_scale"]', "lq + z"),
     ],
     "reward.py": [
-        ("nan_to_num(math.nan, math.nan, math.nan).nanmean(0)", "nanmean(0)"),
+        ("scores.where(scores.isfinite(), math.nan).nanmean(0)", "scores.nanmean(0)"),
+        ("scores.where(scores.isfinite(), math.nan).nanmean(0)", "scores.mean(0)"),
         ("return self.sign * scores", "return scores"),
         ("self.metric.net(*pair)", "self.metric(*pair)"),
         ("1 <= float(found[0]) <= 5", "True"),

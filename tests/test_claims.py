@@ -220,14 +220,14 @@ def test_the_hacking_curve_has_outside_metrics_at_each_look(call, tmp_path):
     assert (tmp_path / "out/C8-test.png").exists()
 
 
-def stored(folder, claim, tmp_path, monkeypatch, *words):
-    """The lines of the table of a claim, from the published scores in a folder."""
+def stored(folder, words, tmp_path, monkeypatch):
+    """The lines of the table of a claim, words[0], from the published scores in a folder."""
     shutil.copytree(claims.ROOT / "results/scores" / folder, tmp_path / "out")
     monkeypatch.setattr(claims, "load_metrics", lambda names, device: dict.fromkeys(
         ("judge", "judge2", claims.LPIPS, "pyiqa:brisque ↓")))
-    monkeypatch.setattr(sys, "argv", ["claims.py", claim, *words, "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", ["claims.py", *words, "--out", str(tmp_path / "out")])
     claims.main()
-    table = (tmp_path / f"out/{claim}-test.md").read_text(encoding="utf-8")
+    table = (tmp_path / f"out/{words[0]}-test.md").read_text(encoding="utf-8")
     return [line.rpartition(" | ")[0] + " |" for line in table.splitlines()[2:]]  # but minutes
 
 
@@ -239,7 +239,7 @@ PUBLISHED = (claims.ROOT / "results/README.md").read_text(encoding="utf-8")
 
 @pytest.mark.parametrize("claim", (("C1",), ("C2",), ("C3",), ("C4",), C5, ("C6",), ("C7",)))
 def test_the_published_table_is_that_of_the_published_scores(claim, tmp_path, monkeypatch):
-    lines = stored("C5" if claim == C5 else "claims", claim[0], tmp_path, monkeypatch, *claim[1:])
+    lines = stored("C5" if claim == C5 else "claims", claim, tmp_path, monkeypatch)
     table = PUBLISHED.partition(f"\n| {claim[0]} | judge")[2].partition("\n\n")[0]
     published = table.splitlines()[2:]
     assert len(published) >= 6 and set(published) <= set(lines)
@@ -248,8 +248,8 @@ def test_the_published_table_is_that_of_the_published_scores(claim, tmp_path, mo
 
 @pytest.mark.parametrize("task", ("sr2", "deblur", "jpeg", "real"))
 def test_the_published_control_is_that_of_the_published_scores(task, tmp_path, monkeypatch):
-    lines = stored(f"C6-{task}", "C3", tmp_path, monkeypatch, "--task", task, "--only", "adaptive",
-                   "SFT only")
+    words = "C3", "--task", task, "--only", "adaptive", "SFT only"
+    lines = stored(f"C6-{task}", words, tmp_path, monkeypatch)
     rl, sft, difference = [x.split(" | ", 1) for x in lines if not x.startswith("| SFT")
                            or "only" in x]
     for name, (row, cells) in ((f"| {task}, RL", rl), (f"| {task}, SFT only", sft),
@@ -269,7 +269,7 @@ def test_the_readme_has_what_the_default_runs_logged():
 
 
 def test_scores_of_other_photographs_and_a_run_without_its_model_are_named(tmp_path, monkeypatch):
-    stored("C5", *C5[:1], tmp_path, monkeypatch, *C5[1:])
+    stored("C5", C5, tmp_path, monkeypatch)
     scores = tmp_path / "out/model=runs_sft-latent_model/170/test.json"
     scores.write_text('{"sft": {"judge": [0.1, 0.2]}}', encoding="utf-8")
     with pytest.raises(UserError, match="170/test.json: has scores of other photographs"):
