@@ -308,7 +308,7 @@ def hardest_region(lq, hq, side=REGION):
     change = F.avg_pool2d((lq - hq).abs().mean(1, keepdim=True), 8)
     change = F.avg_pool2d(change, side // 8, stride=1)[0, 0]
     top, left = divmod(int(change.argmax()), change.shape[1])
-    return 8 * top, 8 * left
+    return min(8 * top, lq.shape[2] - side), min(8 * left, lq.shape[3] - side)
 
 
 def save_regions(path, source, degrade, restorers, judge, steps=0, eta=-1.0):
@@ -366,7 +366,7 @@ def main():
     out = new_run(cfg.out) if cfg.out else None
     device = pick_device()
     restorers = {name: load(name, device=device, dtype=cfg.dtype) for name in folders}
-    degrade = get_task(cfg.task or restorers[folders[0]].defaults["task"])
+    degrade = None if cfg.lq else get_task(cfg.task or restorers[folders[0]].defaults["task"])
     size = (restorers[folders[0]].defaults["size"] or 64) if cfg.size < 0 else cfg.size
     if 0 < size < 16:
         raise UserError(f"--size {size}: must be 0, whole images, or at least 16")

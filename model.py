@@ -29,7 +29,6 @@ Chosen here because the paper trains Stable Diffusion, which no laptop does:
 import copy
 import importlib
 import json
-import logging
 from pathlib import Path
 
 import torch
@@ -387,7 +386,6 @@ def load(name, task="sr", device="cpu", dtype="float32", controlnet=""):
     import diffusers
     from huggingface_hub import snapshot_download
     diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)  # what matters is raised as well
-    logging.getLogger("bitsandbytes").setLevel("ERROR")  # comes with pyiqa; nothing here calls it
     if name == "pixel":
         return PixelRestorer.create().to(device, getattr(torch, dtype))
     source = HUB.get(name) or name or shipped(task)

@@ -217,14 +217,17 @@ def grad_shares(terms, parameters):
     norms = {}
     for name, term in terms.items():
         grads = torch.autograd.grad(term, parameters, retain_graph=True, materialize_grads=True)
-        norms[name] = torch.stack(torch._foreach_norm(grads)).norm().item()
+        norms[name] = torch.nn.utils.get_total_norm(grads).item()
     total = max(sum(norms.values()), 1e-30)
     return {f"share_{name}": norm / total for name, norm in norms.items()}
 
 
-def validate(average, val, judge, cfg):
-    """Means over the validation batches of what the averaged weights restore, a dict of floats."""
-    scores, _ = evaluate(average, val, {"reward": judge}, cfg.steps, cfg.eta)
+def validate(average, val, judge, cfg, others=None):
+    """Means over the validation batches of what the averaged weights restore, a dict of floats.
+
+    others: {name: metric} beside the reward."""
+    metrics = {"reward": judge} | (others or {})
+    scores, _ = evaluate(average, val, metrics, cfg.steps, cfg.eta)
     return {f"val_{name.split()[0]}": x.nanmean().item() for name, x in scores.items()}
 
 
@@ -291,7 +294,8 @@ def check(cfg, restorer, processes):
             raise UserError(rule)
     restorer.check_size(cfg.size)
     learned = restorer.defaults["task"]
-    if not any(cfg.task.startswith(kind) for kind in learned.split("+")):
+    task, kinds = cfg.task.replace("sr4", "sr"), tuple(learned.replace("sr4", "sr").split("+"))
+    if task not in kinds and (task[:2] == "sr" or not task.startswith(kinds)):
         note(f"--model {cfg.model} has learned {learned}, --task is {cfg.task}")
     with one_line(f"--weight {cfg.weight}", "choose baseline, running or fixed:W"):
         weights(cfg.weight, *torch.ones(3, 2))

@@ -244,20 +244,16 @@ def restore(restorer, lq, steps, eta, generator, tile=0):
 def targets(inputs, out):
     """{its PNG in `out`: file} of files and folders; folders are searched, their tree is kept.
 
-    Raises UserError where an input would be written over or restored again, or a PNG is taken.
+    Raises UserError where a PNG is taken, so no input is written over.
     """
     from utils import UserError, list_images
-    if out.is_file():
-        raise UserError(f"--out {out}: is a file; choose a folder")
     files = {}
     for name in map(Path, inputs):
         if not name.exists():
             raise UserError(f"{name}: no such file or folder")
-        if name.is_dir() and out.resolve().is_relative_to(name.resolve()):
-            raise UserError(f"--out {out}: lies within {name}; choose a folder outside of it")
+        home = name if name.is_dir() else name.parent
         for file in list_images(name) if name.is_dir() else [name]:
-            place = file.relative_to(name) if name.is_dir() else Path(file.name)
-            target = (out / place).with_suffix(".png")
+            target = (out / file.relative_to(home)).with_suffix(".png")
             if target in files or target.exists():
                 raise UserError(f"{file}: {target} is taken; rename it or choose another --out")
             files[target] = file

@@ -33,6 +33,11 @@ from sample import wide
 from utils import (UserError, check_resume, generator, load_checkpoint, new_run, option, parse,
                    pick_device, run_main, save_checkpoint, write_json, write_rows)
 
+EMA = 0.995         # decay of the weight average, per step
+CLIP_NORM = 1.0     # longer gradients are scaled down
+SAVE_EVERY = 400    # steps between checkpoints
+RESUMED = ("steps", "out", "resume", "lr", "workers")  # what may change in a resumed run
+
 
 def add_noise(z0, eps, alpha_bar_t):
     """z_t for clean z0 and noise eps, (B, C, h, w) each; alpha_bar_t (B,)."""
@@ -116,12 +121,6 @@ class Config:
     resume: bool = option(False, "go on from the last checkpoint in --out")
 
 
-EMA = 0.995         # decay of the weight average, per step
-CLIP_NORM = 1.0     # longer gradients are scaled down
-SAVE_EVERY = 400    # steps between checkpoints
-RESUMED = ("steps", "out", "resume", "lr", "workers")  # what may change in a resumed run
-
-
 def train(cfg):
     """Runs the SFT stage; leaves config, metrics, checkpoint, pictures and model/ in cfg.out."""
     from accelerate import Accelerator
@@ -159,7 +158,7 @@ def train(cfg):
         load_optimizer(optimizer, state["optimizer"])
         start, rows = info["step"], info["rows"]
     done, total = start * cfg.batch, cfg.steps * cfg.batch
-    crops = Crops(source, degrade, cfg.size, cfg.seed, total - done, done)
+    crops = Crops(source, degrade, cfg.size, cfg.seed, max(0, total - done), done)
     loader = torch.utils.data.DataLoader(crops, part, num_workers=cfg.workers)
     loader = accelerator.prepare(loader)
 

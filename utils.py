@@ -122,8 +122,6 @@ def new_run(out, resume=None):
 
     resume: of a script that has the flag."""
     out = Path(out)
-    if out.is_file():
-        raise UserError(f"--out {out}: is a file; choose another")
     started = (out / "checkpoint.safetensors").exists()
     if resume and not started:
         raise UserError(f"--resume: no checkpoint in {out}; start without it")
@@ -151,8 +149,6 @@ def atomic(path):
                 file.chmod(0o666 & ~umask)
         shutil.rmtree(path, ignore_errors=True)  # does nothing to a file
         os.replace(temporary, path)
-    except SafetensorError as error:  # a full disk, said in its own way
-        raise OSError(f"{path}: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)
@@ -268,7 +264,8 @@ def run_main(main):
     except KeyboardInterrupt:
         print("stopped; what was written stays", file=sys.stderr)
         raise SystemExit(130) from None
-    except (UserError, OSError) as error:  # a DataLoader's worker puts its traceback before it
+    except (UserError, OSError, SafetensorError) as error:  # the last: a full disk
+        # a DataLoader's worker puts its traceback before the line
         line = str(error).rpartition("utils.UserError: ")[2]
     except (MemoryError, RuntimeError) as error:
         texts = "out of memory", "allocate memory"

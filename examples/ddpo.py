@@ -1,7 +1,8 @@
 """Plain DDPO, to compare with: group statistics, no memory, no difficulty, no SFT, no KL.
 
 Black et al. 2024, arXiv 2305.13301: A = (r - mean) / std over the restorations of the same input
-in this iteration; the loss is PPO's alone. What is left of rl.py is its sampler and its loop.
+in this iteration; the loss is PPO's alone. What is left of rl.py is its sampler and its loop:
+--weight, --sft-coef and --kl-coef do nothing.
 
     python examples/ddpo.py --task sr --inputs 32 --samples 4 --cap none --out runs/ddpo
 """

@@ -6,7 +6,7 @@ the same. `--trainable` takes words in the names of its parameters ("head": the 
 
     python examples/new_restorer.py sft --task denoise --steps 400 --out runs/sft-mine
     python examples/new_restorer.py rl --task denoise --model runs/sft-mine/model \\
-        --trainable head --out runs/mine
+        --trainable head --out runs/rl-mine
 """
 
 import sys

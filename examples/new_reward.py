@@ -8,6 +8,7 @@ score can exceed that of the ground truth, so `--cap none` is the setting to thi
 """
 
 import sys
+from functools import cache, partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -17,19 +18,16 @@ import rl  # noqa: E402
 from utils import parse, run_main  # noqa: E402
 
 
-def composite():
-    """0.8 judge + 0.2 SSIM, both in [0, 1]; the judge is loaded at the first call."""
-    loaded = []
+judge = cache(partial(reward.load, "judge"))  # of a device, loaded at the first call
 
-    def score(images, refs):
-        if not loaded:
-            loaded.append(reward.load("judge", images.device))
-        return 0.8 * loaded[0](images) + 0.2 * reward.ssim(images, refs)
-    return score
+
+def composite(images, refs):
+    """0.8 judge + 0.2 SSIM, both in [0, 1]."""
+    return 0.8 * judge(images.device)(images) + 0.2 * reward.ssim(images, refs)
 
 
 def main():
-    reward.REWARDS["mine"] = composite()
+    reward.REWARDS["mine"] = composite
     rl.train(parse(rl.Config))
 
 

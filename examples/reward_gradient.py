@@ -2,7 +2,7 @@
 
   L_RL,i = -M(restored_i),  differentiated through judge, decoder and all steps
 as DRaFT does (Clark et al. 2024, arXiv 2309.17400). It has no noise of the policy gradient,
-and finds what fools the judge as well.
+and finds what fools the judge as well. --kl-coef does nothing; the loss sees one view.
 First edition, with a judge that had not seen such output: 84 % of the judge's gap to the ground
 truth and 56 % of judge2's, LPIPS 0.018 worse, BRISQUE 5.2. Now, with the present sr and weights/
 broad before hardening: all of its gap, LPIPS 0.036 better, at -0.56 dB and with 44 % more color
@@ -24,8 +24,11 @@ from sft import diffusion_loss  # noqa: E402
 from utils import UserError, parse, pick_device, run_main  # noqa: E402
 
 
-def make_step_loss(judge):
-    """step_loss for rl.train; judge.scores must let gradients through (level-word judges do)."""
+def make_step_loss(cfg):
+    """step_loss for rl.train; the judge's scores must let gradients through (level words do)."""
+    judge = reward.load(cfg.reward, pick_device())
+    if not hasattr(judge, "scores") or isinstance(judge, reward.RatingJudge):
+        raise UserError(f"--reward {cfg.reward}: has no gradient; take a judge by level words")
     judge.model.requires_grad_(False)
 
     def step_loss(restorer, reference, cfg, batch, k):
@@ -42,10 +45,7 @@ def make_step_loss(judge):
 
 def main():
     cfg = parse(rl.Config)
-    judge = reward.load(cfg.reward, pick_device())
-    if not hasattr(judge, "scores"):
-        raise UserError(f"--reward {cfg.reward}: has no gradient; take a judge by level words")
-    rl.train(cfg, make_step_loss(judge))
+    rl.train(cfg, make_step_loss(cfg))
 
 
 if __name__ == "__main__":

@@ -99,7 +99,10 @@ def plan(claim, cfg):
         raise UserError(f"{claim}: no rows, or budgets differ; --inputs must be a multiple of 8")
     if not set(cfg.only) <= set(rows):
         raise UserError(f"--only: the rows of {claim} are: {'; '.join(rows)}")
-    return {name: rows[name] for name in cfg.only or rows}
+    rows = {name: rows[name] for name in cfg.only or rows}
+    if len({row.folder for row in rows.values()}) < len(rows):
+        raise UserError(f"{claim}: two rows have one folder; rename a model or judge")
+    return rows
 
 
 def check_settings(cfg):
@@ -157,7 +160,7 @@ def train(row, folder):
 
 def by_photograph(values, names):
     """(N,) of crops "PHOTOGRAPH@y,x" -> (photographs,), means; a score of the set stays (1,)."""
-    owners = [name.partition("@")[0] for name in names]
+    owners = [name.rsplit("@", 1)[0] for name in names]
     if len(values) != len(owners):
         return values
     return torch.stack([values[[owner == one for owner in owners]].nanmean()
@@ -168,7 +171,7 @@ def stored(file, keys, names, make):
     """make() -> {row: {metric: (N,)}}, N crops; its means over photographs (1, P), kept in a JSON
     file unless a metric of `keys` is new. A crop without a score is missing in one mean only."""
     known = read_json(file) or {"sft": {}}
-    photographs = len({name.partition("@")[0] for name in names})
+    photographs = len({name.rsplit("@", 1)[0] for name in names})
     if not {len(x) for scores in known.values() for x in scores.values()} <= {1, photographs}:
         raise UserError(f"{file}: has scores of other photographs; remove it")
     if not set(keys) <= set(known["sft"]):
@@ -205,7 +208,8 @@ def measure(cfg, rows):
             found[key] = stored(Path(cfg.out, file), keys, names, base), {}
         seeds = [stored(folder / seed / f"{cfg.split}.json", keys, names,
                         lambda: run(folder / seed / "model"))["sft"] for seed in cfg.seeds]
-        found[key][1][name] = {x: torch.cat([one[x] for one in seeds]) for x in keys}
+        found[key][1][name] = {x: torch.cat([one[x] for one in seeds]) for x in seeds[0]
+                               if all(x in one for one in [found[key][0]["sft"], *seeds])}
     return found
 
 
@@ -364,7 +368,7 @@ def main():
     with atomic(Path(cfg.out, f"{name}.md")) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     print(text)
-    if LPIPS in sft:
+    if all(LPIPS in row for change, _ in groups for row in change.values()):
         courses = {name: looks(row, cfg.seeds) for name, row in rows.items()
                    if claim == "C8" and all(log(row.folder / seed) for seed in cfg.seeds)}
         draw(Path(cfg.out, f"{name}.png"), groups, courses)

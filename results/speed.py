@@ -30,12 +30,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "results")]
 
 import ddpo  # noqa: E402
 import elbo  # noqa: E402
-from variants import outside  # noqa: E402
 
 import rl  # noqa: E402
 from eval import load_metrics, markdown  # noqa: E402
 from sample import ddim_step, draw, rollout  # noqa: E402
-from utils import generator, option, parse, pick_device, run_main, to_uint8  # noqa: E402
+from utils import UserError, generator, option, parse, pick_device, run_main, to_uint8  # noqa: E402
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -165,7 +164,10 @@ def race(cfg):
     """Trains with each loss; prints what each look at validation photographs showed, and when."""
     memory = rl.advantages
     rl.LOOK_EVERY, rl.report = 2, lambda *args: None
-    rl.validate = outside(load_metrics(["pyiqa:lpips"], pick_device()))
+    others = load_metrics(["pyiqa:lpips"], pick_device())
+    if not others:
+        raise UserError("--race: needs LPIPS, see the line above")
+    rl.validate = functools.partial(rl.validate, others=others)
     rl.time = SimpleNamespace(perf_counter=CLOCKS[cfg.clock])
     for name, loss, changes in (
             ("rl.py", rl.step_loss, {}),
@@ -185,7 +187,7 @@ def race(cfg):
 
 @dataclass
 class Config(rl.Config):
-    """Times rl.py; the other flags are those of rl.py."""
+    """Times rl.py by a level-word judge; --samples, --reward-mode and --resume are not for it."""
     iterations: int = option(6, "turns, or iterations of the race", least=1)
     clock: str = option("wall", "seconds of the wall, or of CPU time", list(CLOCKS))
     race: bool = option(False, "train with each loss instead")

@@ -15,6 +15,7 @@ Used by results/claims.py; a variant of your own is a line in METHODS.
 
 import sys
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,10 +27,10 @@ import reward_gradient  # noqa: E402
 import reward  # noqa: E402
 import rl  # noqa: E402
 from difficulty import median_spread  # noqa: E402
-from eval import INSTRUMENTS, evaluate, load_metrics  # noqa: E402
+from eval import INSTRUMENTS, load_metrics  # noqa: E402
 from sample import Rollout, ddim_step, replay  # noqa: E402
 from sft import add_noise  # noqa: E402
-from utils import UserError, pick_device  # noqa: E402
+from utils import pick_device  # noqa: E402
 
 
 TASKS = ("sr", "sr2", "denoise", "deblur", "jpeg", "derain", "dehaze", "lowlight", "real")
@@ -80,11 +81,12 @@ def claims(cfg):
 
 # ---- what takes the place of a function of rl.py ----
 
-def judge_and_psnr(images, refs, loaded=[]):
+judge = cache(partial(reward.load, "judge"))  # of a device, loaded at the first call
+
+
+def judge_and_psnr(images, refs):
     """A reward: judge + PSNR / 10 dB. Restorations of one input differ by 0.034 and 0.28 dB."""
-    if not loaded:  # at the first call, and once
-        loaded.append(reward.load("judge", images.device))
-    return loaded[0](images) + reward.psnr(images, refs) / 10
+    return judge(images.device)(images) + reward.psnr(images, refs) / 10
 
 
 def half(hard):
@@ -135,19 +137,8 @@ def noisiest(count, collect=rl.collect):
     return part
 
 
-def gradient(cfg):
-    judge = reward.load(cfg.reward, pick_device())
-    if not hasattr(judge, "scores"):
-        raise UserError(f"--reward {cfg.reward}: has no gradient; leave that row out by --only")
-    return reward_gradient.make_step_loss(judge)
-
-
-def outside(metrics):
-    """rl.validate with outside metrics beside the reward."""
-    def validate(average, val, judge, cfg):
-        scores, _ = evaluate(average, val, {"reward": judge} | metrics, cfg.steps, cfg.eta)
-        return {f"val_{name.split()[0]}": x.nanmean().item() for name, x in scores.items()}
-    return validate
+def curve(cfg):
+    return partial(rl.validate, others=load_metrics(INSTRUMENTS, pick_device()))
 
 
 reward.REWARDS["judge+psnr"] = judge_and_psnr
@@ -160,5 +151,5 @@ METHODS = {  # cfg -> {name of a function of rl.py: its replacement}
     "noisiest4": lambda cfg: {"collect": noisiest(4)},
     "sigma": lambda cfg: {"step_loss": by_sigma},
     "likelihood": lambda cfg: {"step_loss": likelihood},
-    "gradient": lambda cfg: {"step_loss": gradient(cfg)},
-    "curve": lambda cfg: {"validate": outside(load_metrics(INSTRUMENTS, pick_device()))}}
+    "gradient": lambda cfg: {"step_loss": reward_gradient.make_step_loss(cfg)},
+    "curve": lambda cfg: {"validate": curve(cfg)}}

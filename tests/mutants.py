@@ -32,7 +32,6 @@ MUTANTS = {
         ("weight[own] += window", "weight[own] += 1"),
         ("if target in files or target.exists():", "if target.exists():"),
         ("if target in files or target.exists():", "if target in files:"),
-        ("out.resolve().is_relative_to(name.resolve())", "False"),
     ],
     "sft.py": [
         ("slices = torch.randperm(count, generator=generator)", "slices = torch.arange(count)"),
@@ -42,7 +41,7 @@ MUTANTS = {
         ('restorer.load_state_dict(state["weights"])', "pass"),
         ('average.load_state_dict(state["average"])', "pass"),
         ('load_optimizer(optimizer, state["optimizer"])', "pass"),
-        ("total - done, done)", "total - done, 0)"),
+        ("total - done), done)", "total - done), 0)"),
         ("gen = generator(cfg.seed, 2, i)", "gen = generator(cfg.seed, 2, i - start)"),
         ("t[own].to(lq.device), eps[own]", "t[:len(lq)].to(lq.device), eps[:len(lq)]"),
         ('average.save(out / "model")', 'restorer.save(out / "model")'),
@@ -68,7 +67,7 @@ MUTANTS = {
         ('gather(logs[0]["ratio_error"])', 'gather(logs[-1]["ratio_error"])'),
         ("accelerator.gather(x).mean()", "x.mean()"),
         ("        if keep:\n", "        if True:\n"),
-        ("cfg.task.startswith(kind) for", "cfg.task == kind for"),
+        ("not task.startswith(kinds)", "True"),
         ('if not math.isfinite(row["grad_norm"]):', "if False:"),
         ('if cfg.cap == "hq" else rewards', 'if cfg.cap == "none" else rewards'),
         ('for key in ("val_psnr_y", "val_psnr"))', 'for key in ("val_psnr_y",))'),
@@ -121,7 +120,7 @@ MUTANTS = {
         ("values - others)\n    count", "others - values)\n    count"),
         ("front = [(0.0, 0.0), *points]", "front = [(0.0, 0.0), *(x for x in points if x[0] > 0)]"),
         ("if drop <= psnr_drop]", "]"),
-        ("return 8 * top, 8 * left", "return top, left"),
+        ("return min(8 * top, lq.", "return min(top, lq."),
         ('if score > best else ""', 'if score < best else ""'),
         ("degrade, size, cfg.count", "degrade, size, 4"),
         ("for i in range(count)]", "for i in range(count)][:1] * count"),
@@ -177,81 +176,8 @@ MUTANTS = {
         ("if least is not None and not value >= least:", "if least is not None and value < least:"),
         ("os.replace(temporary, path)", 'os.replace(temporary, path.with_suffix(".x"))'),
     ],
-    "course/solutions/lesson1.py": [  # plausible wrong answers
-        ("b.sqrt() * x0 + (1 - b - sigma ** 2)", "b.sqrt() * x0 + (1 - b)"),
-        ("a.sqrt() * z_t - (1 - a).sqrt() * v", "a.sqrt() * z_t + (1 - a).sqrt() * v"),
-        ("(1 - a / b).sqrt()", "(1 - a / b)"),
-        ("mean + sigma * noise", "mean + sigma ** 2 * noise"),
-        (".clamp(min=0).sqrt()", ".sqrt()"),
-        (".flatten(1).mean(1), 0.0)", ".flatten(1).sum(1), 0.0)"),
-        ("(2 * s ** 2)", "(2 * s)"),
-        (" - s.log()", ""),
-        ("torch.where(stochastic, sigma_t, 1.0).view", "sigma_t.view"),
-        ("density.flatten(1).mean(1), 0.0)", "density.flatten(1).mean(1), 1.0)"),
-    ],
-    "course/solutions/lesson2.py": [  # plausible wrong answers
-        (".flatten(1).mean(1)", ".mean()"),
-        (".flatten(1).mean(1)", ".flatten(1).sum(1)"),
-        ("v = a.sqrt() * eps - ", "v = a.sqrt() * eps + "),
-        ("a.sqrt() * z0 + (1 - a).sqrt() * eps", "a * z0 + (1 - a) * eps"),
-        ("(1 - std ** 2)", "(1 - std)"),
-        ("(a * std ** 2 + 1 - a)", "(a * std ** 2 + 1 - a).sqrt()"),
-        ("(a * (1 - a)).sqrt()", "-(a * (1 - a)).sqrt()"),
-    ],
-    "course/solutions/lesson3.py": [  # plausible wrong answers
-        ("logits[:, ids].softmax(-1)", "logits.softmax(-1)[:, ids]"),
-        ("linspace(1, 0,", "linspace(0, 1,"),
-        ("linspace(1, 0, len(ids))", "linspace(1, 0.2, len(ids))"),
-        ("fooled.detach() + 2", "fooled.detach() - 2"),
-        ("slope.sign()", "slope"),
-        ("images.clone()", "images"),
-        (".clamp(images - radius, images + radius)", ""),
-        (".clamp(-1, 1)", ""),
-        ("score(fooled).sum()", "score(images + 0 * fooled).sum()"),
-    ],
-    "course/solutions/lesson4.py": [  # plausible wrong answers
-        ("rewards.mean(), usual", "rewards, usual"),
-        ("torch.where(usual.isnan(), rewards.mean(), usual)", "usual"),
-        ("gain = gain - gain.mean()", "gain = gain * 1"),
-        (".clamp(-clip, clip)", ""),
-        ("gain.square().mean().sqrt()", "history.std(1)"),
-        ("torch.maximum", "torch.minimum"),
-        ("(log_prob - old_log_prob).exp()\n    clipped", "(log_prob - old_log_prob)\n    clipped"),
-        ("-advantage * rho)\n", "-advantage)\n"),
-        ("too_good | too_bad", "(rho - 1).abs() > clip_range"),
-        ("(advantage < 0) & (rho < 1", "(advantage < 0) & (rho > 1"),
-        ("0.0, -advantage * rho)", "0.0, advantage * rho)"),
-    ],
-    "course/solutions/lesson5.py": [  # plausible wrong answers
-        ("(2 * sigma_t ** 2)", "(2 * sigma_t)"),
-        ("(2 * sigma_t ** 2)", "sigma_t ** 2"),
-        (".flatten(1).mean(1)", ".flatten(1).sum(1)"),
-        ("(distance - m) / s", "(m - distance) / s"),
-        ("2 * (distance", "(distance"),
-        (" / 1.349", ""),
-        (".clamp(min=1e-6)", ""),
-        ("low, m, high = torch", "low, m, high = distance_sft.mean() + 0 * torch"),
-        ("balanced.mean()",
-         "w.mean() * rl_loss.mean() + (1 - w.mean()) * sft_coef * sft_loss.mean()"),
-        ("w * rl_loss + (1 - w)", "(1 - w) * rl_loss + w"),
-        ("kl_loss.mean()", "(w * kl_loss).mean()"),
-        ("sft_coef * share / (1 - share)", "sft_coef * share"),
-        ('row["share_rl"] / row["share_sft"]', 'row["share_sft"] / row["share_rl"]'),
-    ],
-    "course/solutions/lesson6.py": [  # plausible wrong answers
-        ("noise / sigma", "noise * sigma"),
-        ("rewards - rewards.mean()\n    return (adv", "rewards\n    return (adv"),
-        ("return 2 * (advantage", "return (advantage"),
-        ("(x - mean)", "(mean - x)"),
-        ("score(mean + sigma * noise).mean()", "score(mean + sigma * noise).sum()"),
-        ("score(mean + sigma * noise)", "score(mean + noise)"),
-        ("edit(images).clamp(-1, 1)", "edit(images)"),
-        ("score(edited, refs) - score(images, refs)", "score(edited, refs)"),
-        ("score(images, refs)).mean()", "score(images, images)).mean()"),
-    ],
 }
 TESTS = {"sft.py": ["test_sft.py", "test_rl.py"]}  # else those of its own name
-FILLED = ["test_course.py::test_the_solutions_fill_the_holes"]
 
 
 def survives(copy, file, old, new):
@@ -259,8 +185,7 @@ def survives(copy, file, old, new):
     text = (ROOT / file).read_text(encoding="utf-8")
     assert text.count(old) == 1 or old == new, f"{file}: {text.count(old)} times: {old}"
     (copy / file).write_text(text.replace(old, new), encoding="utf-8")
-    names = FILLED if "/" in file else TESTS.get(file, [f"test_{file}"])
-    tests = [str(copy / "tests" / name) for name in names]
+    tests = [str(copy / "tests" / name) for name in TESTS.get(file, [f"test_{file}"])]
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *tests], cwd=copy,
                           capture_output=True)
     (copy / file).write_text(text, encoding="utf-8")

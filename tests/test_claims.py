@@ -35,7 +35,7 @@ def test_paired_statistics_are_scipys(gen):
 
 
 def test_crops_of_a_photograph_are_averaged_first():
-    names = ["a@0,0", "b@0,0", "a@0,64", "a@64,0"]
+    names = ["a@2x@0,0", "a@3x@0,0", "a@2x@0,64", "a@2x@64,0"]
     values = torch.tensor([0.0, 20, math.nan, 4])
     assert claims.by_photograph(values, names).tolist() == [2, 20]
     assert claims.by_photograph(values[:1], names).tolist() == [0]
@@ -92,6 +92,8 @@ def test_unequal_budgets_and_unknown_rows_are_refused(monkeypatch):
             claims.main()
     with pytest.raises(UserError, match="no rows"):
         claims.plan("C5", claims.Config(models=[]))
+    with pytest.raises(UserError, match="one folder"):
+        claims.plan("C5", claims.Config(models=["a/b", "a_b"]))
 
 
 def test_half_of_the_inputs_have_rl():
@@ -221,10 +223,11 @@ def test_the_hacking_curve_has_outside_metrics_at_each_look(call, tmp_path):
 
 
 def stored(folder, words, tmp_path, monkeypatch):
-    """The lines of the table of a claim, words[0], from the published scores in a folder."""
+    """The lines of the table of a claim, words[0], from the published scores in a folder.
+
+    pyiqa has no parameters: what it would measure lies in the scores."""
     shutil.copytree(claims.ROOT / "results/scores" / folder, tmp_path / "out")
-    monkeypatch.setattr(claims, "load_metrics", lambda names, device: dict.fromkeys(
-        ("judge", "judge2", claims.LPIPS, "pyiqa:brisque ↓")))
+    monkeypatch.setattr(claims, "load_metrics", lambda names, device: {"judge": 0, "judge2": 0})
     monkeypatch.setattr(sys, "argv", ["claims.py", *words, "--out", str(tmp_path / "out")])
     claims.main()
     table = (tmp_path / f"out/{words[0]}-test.md").read_text(encoding="utf-8")

@@ -67,10 +67,9 @@ def test_atomic_writes_follow_the_umask_and_leave_nothing_on_failure(tmp_path):
     modes = [path.stat().st_mode & 0o777 for path in (folder, folder / "second")]
     assert modes == [0o750, 0o640]
     before = sorted(tmp_path.rglob("*"))
-    full = pytest.raises(OSError, match="folder: no space")
-    with full, utils.atomic(tmp_path / "folder") as temporary:
+    with pytest.raises(OSError), utils.atomic(tmp_path / "folder") as temporary:
         temporary.mkdir()
-        raise utils.SafetensorError("no space left")  # a full disk
+        raise OSError("no space left")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -93,7 +92,6 @@ def test_checkpoints_runs_and_rows(tmp_path):
 @pytest.mark.parametrize("function, words, message", (
     (read_image, ["full/cut.png"], "cut.png: cannot be used.*remove"),
     (utils.new_run, ["full"], "--out full: is not empty"),
-    (utils.new_run, ["full/cut.png"], "--out full/cut.png: is a file"),
     (utils.new_run, ["full", True], "--resume: no checkpoint in full"),
     (utils.load_checkpoint, ["full/cut.png"], "cut.png: cannot be used"),
     (utils.check_resume, [Config(mode="b"), RUN, ["lr"], ["x"]], "started with --mode a; give"),
@@ -125,6 +123,7 @@ def test_generators_and_command_lines(capsys):
 @pytest.mark.parametrize("error, code, line", (
     (UserError("Caught in worker 0\nutils.UserError: a.png:\nbad"), 2, "error: a.png: bad\n"),
     (IsADirectoryError(21, "Is a directory", "out"), 2, "error: [Errno 21] Is a directory: 'out'"),
+    (utils.SafetensorError("no space left"), 2, "error: no space left\n"),
     (KeyboardInterrupt(), 130, "stopped; what was written stays\n"),
     (RuntimeError("out of memory\nmore"), 2, "error: not enough memory (out of memory more);")))
 def test_errors_end_in_one_line_and_bugs_in_a_traceback(error, code, line, capsys):
