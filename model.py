@@ -268,10 +268,14 @@ class PixelRestorer(Restorer):
 class LatentRestorer(Restorer):
     """On top of a frozen autoencoder; the saved folder runs in a stock `pipeline` of diffusers."""
     no_parts, scaling = {}, 1.0  # no_parts: what a pipeline wants to be told that it has not
+    settings = {"gradient_checkpointing": False}  # true: less memory, longer updates
 
     def __init__(self, *parts, **options):
         super().__init__(*parts, **options)
         unet = self.frozen.get("unet", self.bare_net)
+        if self.settings["gradient_checkpointing"]:
+            self.bare_net.enable_gradient_checkpointing()
+            unet.enable_gradient_checkpointing()
         self.vae = self.frozen.get("vae") or self.frozen["vqvae"]
         if "vae" in self.frozen:
             self.scaling = self.vae.config.scaling_factor
@@ -327,7 +331,7 @@ class LDMSR(LatentRestorer):
 class SDControlNet(LatentRestorer):
     """Stable Diffusion with lq through a ControlNet, the paper's kind."""
     family, pipeline = "sd-controlnet", "StableDiffusionControlNetPipeline"
-    settings = {"prompt": "", "guidance": 1.0}
+    settings = LatentRestorer.settings | {"prompt": "", "guidance": 1.0}
     no_parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     net_name = "controlnet"
 
@@ -341,7 +345,7 @@ class SDControlNet(LatentRestorer):
 class SDUpscaler(LatentRestorer):
     """Stable Diffusion x4 upscaler: z beside lq / 4 with noise of a known level."""
     family, pipeline = "sd-x4-upscaler", "StableDiffusionUpscalePipeline"
-    settings = {"prompt": "", "guidance": 1.0, "noise_level": 20}
+    settings = SDControlNet.settings | {"noise_level": 20}
 
     def condition(self, lq, generator=None):
         small = shrink(lq, self.factor)

@@ -104,6 +104,21 @@ def test_what_a_wrapped_net_saves_loads_with_identical_outputs(restorer, tmp_pat
     assert torch.equal(predict(loaded.to("cpu")), expected)
 
 
+@pytest.mark.parametrize("family", [name for name in TINY if name != "pixel"])
+def test_gradient_checkpointing_is_a_setting_and_changes_no_gradient(family, tmp_path):
+    TINY[family]().save(tmp_path / "r")
+    grads = []
+    for on in (False, True):
+        settings = model.read_json(tmp_path / "r/restorer.json") | {"gradient_checkpointing": on}
+        write_json(tmp_path / "r/restorer.json", settings)
+        restorer = model.load(str(tmp_path / "r"))
+        unet = restorer.frozen.get("unet", restorer.net)
+        assert restorer.net.is_gradient_checkpointing == unet.is_gradient_checkpointing == on
+        predict(restorer).square().mean().backward()
+        grads.append([x.grad for x in restorer.weights() if x.grad is not None])
+    assert grads[0] and all(map(torch.equal, *grads))
+
+
 @pytest.mark.parametrize("family, part", [
     ("ldm-sr", "all"), ("sd-controlnet", "all"), ("sd-x4-upscaler", "all"),
     ("sd-controlnet", "lora"), ("sd-x4-upscaler", "lora")])
