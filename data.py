@@ -1,10 +1,10 @@
 """Degradations that make a low-quality image (lq) of a high-quality one (hq), and photographs.
 
-A task is (lq, severity) = degrade(hq, generator), see `degrade`; TASKS names all, also with fixed
-severity: sr3 is scale 3, denoise25 sigma 25/255, jpeg10 quality 10. Its formula y = f(x, s) stands
-in its function, with the source: x, y are hq and lq in [0, 1], s the severity, 0 mild, 1 the worst.
+A task is a function (lq, severity) = degrade(hq, generator), see `degrade`. TASKS holds all, some
+of fixed severity: sr3 is scale 3, denoise25 sigma 25/255, jpeg10 quality 10. Each task's function
+gives its formula y = f(x, s) and source: x, y: hq, lq in [0, 1]; s: severity, 0 mild, 1 worst.
 
-Pairs of files are two folders and --match, how the names of lq and hq belong together:
+Pairs of files come from two folders; --match says how the names of lq and hq correspond:
   same        the same path without ending
   prefix      hq is named as lq up to the first "_": 1400_1.png -> 1400.png
   suffix:A,B  lq ends with A, hq with B, also in one folder: suffix:_LR4,_HR or suffix:x4
@@ -13,10 +13,11 @@ Pairs of files are two folders and --match, how the names of lq and hq belong to
 Chosen here (the paper trains on DIV2K and the like; a laptop should need no download):
  1. Photographs come inside the wheels of scikit-image, matplotlib and pyiqa; `test`, for tables
     only, are five references of TID2013 (Ponomarenko et al. 2015).
- 2. A hash of each name splits a folder, so that one photograph more moves no other one: 10 % test,
-    10 % val. Subfolders train, val and test, where there is one of them, are the split instead.
+ 2. A folder is split by a hash of each name (10 % test, 10 % val), so that a new photograph moves
+    no other one. If there are subfolders train, val or test, they are the split instead.
  3. Training crops are shrunk by 1, 2 or 3: more scales, and the JPEG blocks of sources vanish.
- 4. Flat crops teach nothing and are drawn again. lq has 8 bits, as a file has (sr: the small one).
+ 4. Flat crops teach nothing and are drawn again. lq is rounded to 8 bits, like a file (of sr, the
+    small image is).
 
     python data.py --task derain                           # laptop: writes runs/data/derain.png
     python data.py --task sr --data DIV2K_HR --size 256    # full scale: decodes every file, too

@@ -11,21 +11,21 @@ Notation      symbol     shape
   d = max(M(hq) - mean(h_i), 0), M the judge                                   [A] idea, [R] formula
   w = sigmoid(2 (d - m) / s), m the median and s the spread of d               [F] w_i, [R] formula
 
-Chosen here because the paper's text is not public [R]:
- 1. mean(h_i) holds no reward of the present batch, so it does not depend on the sample it judges,
-    and adds no bias to the policy gradient. It lags behind a policy that moves. The offset that all
-    inputs share is taken away with the batch's mean; what the lag differs by from input to input
-    stays, as variance. Subtracting each input's own mean of this batch would remove it, and
-    mean(h_i) with it: the memory would be there in name only.
- 2. std is that of r - mean(h_i) over the batch: eight rewards of one input give no steady one, and
-    an input whose restorations are all alike must not be blown up.
+Chosen here because we did not have the paper's text [R]:
+ 1. mean(h_i) holds no reward of the present batch, so it does not depend on the sample that it is
+    compared with, and adds no bias to the policy gradient. It lags behind a moving policy. The
+    lag that all inputs share is removed with the batch's mean; its differences between inputs stay,
+    as variance. Subtracting each input's own mean over this batch would remove these, too, but also
+    mean(h_i) itself: the memory would be there in name only.
+ 2. std is that of r - mean(h_i) over the batch: eight rewards of one input give no steady estimate,
+    and would blow up an input whose restorations are all alike.
  3. Each judged step has its own history: the scale of the reward changes along the chain.
  4. s is the interquartile range / 1.349, the standard deviation of a Gaussian that outliers
     leave alone.
- 5. The distance is that of the input's memory, not of the sample itself. Within an input a sample's
-    own distance falls as its advantage rises: bad samples would get the larger w, and the mean of
-    w A would not be zero. On validation photographs the two gain as much LPIPS
-    per dB, but with the sample's own distance color noise grows (results/LOG.md).
+ 5. d is computed from the input's memory, not from the sample itself: among samples of one input, a
+    sample's own distance falls as its advantage rises, so bad samples would get the larger w, and
+    the mean of w A would not be zero. On validation photographs the two choices gain as much LPIPS
+    per dB, but with the sample's own distance color noise increases (results/LOG.md).
 
 Needs torch only; the file works copied alone. The loop that uses it:
     python rl.py --task sr --weight baseline                       # laptop

@@ -3,21 +3,21 @@
   judge, judge2  rewards without reference, in [0, 1]; judge2 never serves as a reward
   psnr_y         -10 log10 mean (x - y)^2 in dB, on Y of ITU-R BT.601 (MATLAB's rgb2ycbcr)
   psnr, ssim     on RGB; ssim: Wang et al. 2004, Gaussian window 11, sigma 1.5
-  color_step     mean step between neighbouring pixels of image minus its grey value, in levels of
-                 255: the fine color noise that PSNR-Y, SSIM and many judges do not see
+  color_step     mean step between neighbouring pixels of (image minus its grey value), in levels
+                 of 255: the fine color noise that PSNR-Y, SSIM and many judges do not see
   pyiqa:NAME     metrics with published parameters: lpips, dists (with reference), brisque, niqe
   mean ± error   over images, after the mean over sampler seeds; error: std / sqrt(images)
   minus          difference to the first model on the same images and noise, 95 % interval
 
 Chosen here:
- 1. Two models see the same noise, of (seed, number of the first image): paired differences.
- 2. brisque and niqe say nothing on a crop of 64 pixels: images under 192 pixels are laid out as one
-    mosaic per model, which has one score (not if their sizes differ); its seams are in it, for all
-    models alike.
+ 1. All models get the same noise, drawn from (seed, number of the batch's first image), so that
+    differences are paired.
+ 2. brisque and niqe say nothing about a crop of 64 pixels: images under 192 pixels, if all of one
+    size, are laid out as one mosaic per model, with one score; its seams are in it for all models.
  3. Images are rounded to 8 bits; --border pixels are cut for psnr_y, psnr and ssim: compare only
-    numbers of the same border, it alone moves PSNR by up to 1 dB.
- 4. The sampler's own front (--front): what other numbers of steps and eta do to the first model,
-    for no training. RL is worth its price only beyond it, at the same PSNR-Y.
+    numbers with the same border, which alone moves PSNR by up to 1 dB.
+ 4. The sampler's own front (--front): what the first model reaches with other numbers of steps and
+    other eta, without training. RL is worth its price only beyond it, at the same PSNR-Y.
 
     python eval.py weights/sr runs/sr-0/model                        # laptop: two restorers
     python eval.py runs/a/model runs/b/model --lq DIR --hq DIR --size 0 --out runs/pairs   # GPU

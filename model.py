@@ -14,11 +14,11 @@ et al. 2023, arXiv 2302.05543; guidance (Ho and Salimans 2022, arXiv 2207.12598)
   output = output_empty + guidance (output_prompt - output_empty)
 
 Chosen here because the paper trains Stable Diffusion, which no laptop does:
- 1. pixel: z is the residual at about unit variance (hq itself was 4 dB worse); no attention, so
+ 1. pixel: z is the residual, at about unit variance (z = hq was 4 dB worse); no attention, so
     that any size works; v-prediction (Salimans and Ho 2022), squared-cosine schedule (Nichol and
     Dhariwal 2021), "trailing" steps (Lin et al. 2024, arXiv 2305.08891).
- 2. lq has the size of hq. Shrinking samples at the centres, which undoes bicubic enlargement.
- 3. Weights are float32, `dtype` is of the arithmetic. Guidance is inside `predict`, so that
+ 2. lq has the size of hq. `shrink` samples at block centres, which undoes bicubic enlargement.
+ 3. Weights are float32; `dtype` is that of the arithmetic. Guidance is inside `predict`, so that
     rollout and update cannot differ.
  4. LoRA (Hu et al. 2021, arXiv 2106.09685): W x + B A x at every linear and convolution layer.
 

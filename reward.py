@@ -1,20 +1,20 @@
 """Rewards: the score of an image quality model built on a multimodal language model, and others.
 
   reward(images, refs=None) -> (B,)    images, refs: (B, 3, H, W) in [-1, 1]; higher is better; no
-                                       gradient; the same in any batch; NaN: there is no score
+                                       gradient; does not depend on the batch; NaN: no score
 
 Level words, after Q-Align (Wu et al. 2023, arXiv 2312.17090, eq. 4 and 5):
   p_j   = softmax over the next-token logits of the level words behind "The quality of the image is"
   score = sum_j v_j p_j,  v = 1, 0.75, 0.5, 0.25, 0 for excellent, good, fair, poor, bad
 
-`load` knows the keys of REWARDS and JUDGES, to which you may add your own function or recipe,
-NAME:SOURCE (the recipe of a judge, other weights: a folder or hub id), mllm:SOURCE (level words on
-any image-text model of transformers) and pyiqa:NAME (its licence is non-commercial).
+`load` takes a key of REWARDS or JUDGES (you may add a function or recipe of your own there),
+NAME:SOURCE (judge NAME with other weights: a folder or hub id), mllm:SOURCE (level words on any
+image-text model of transformers) or pyiqa:NAME (whose licence is non-commercial).
 
 Chosen here
  1. An image is rounded to 8 bits before it is judged, so a tensor and its PNG score the same.
- 2. Judges that reason decode greedily, where their authors sample: the same image, the same answer.
- 3. No code of a hub is run, only safetensors are read, and weights that lack a part are refused.
+ 2. Judges that reason decode greedily (their authors sample): the same image, the same answer.
+ 3. No code from a hub is run, only safetensors are read, and incomplete weights are refused.
 
     python reward.py photo.png                                              # laptop
     python reward.py out/*.png --metric qrealign-mini                       # GPU

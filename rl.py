@@ -1,7 +1,7 @@
 """Reinforcement learning (RL) of a diffusion restorer with an IQA reward, weighed against SFT.
 
 Implements "Enhancing Diffusion-based Restoration Models via Difficulty-Adaptive Reinforcement
-Learning with IQA Reward" (arXiv 2511.01645). One iteration; i a sample, k a denoising step:
+Learning with IQA Reward" (arXiv 2511.01645). One iteration, for samples i:
 
   1 rollout     z_T .. z_0 for each lq by stochastic DDIM, with log p_old(z_{t-1} | z_t)   sample.py
   2 reward      r_i = M(restored_i), M an MLLM judge; or one for every step               reward.py
@@ -11,22 +11,22 @@ Learning with IQA Reward" (arXiv 2511.01645). One iteration; i a sample, k a den
                 L_RL,i = max(-A rho, -A clip(rho, 1 - eps, 1 + eps))                    policy_loss
                 rho = exp(log p_theta - log p_old)
                 KL  = ||mu_theta - mu_ref||^2 / (2 sigma_t^2), mean over C, H, W    kl_to_reference
-The paper's exact equations are not public: the README marks what is the paper's and what is ours.
+We did not have the paper's exact equations: the README marks what is the paper's and what is ours.
 
 Chosen here:
  1. log p is a mean over C, H, W (sample.py), so clip_range is of the order 1e-3. The gradient of
     L_RL is 3 to 50 times smaller than that of L_SFT, so lambda is of the order 1e-2.
- 2. A micro-batch is one step of samples that were sampled together: the same arithmetic gives the
-    same log p, so rho is exactly 1 before the first optimizer step of an iteration.
- 3. A reward counts up to the ground truth's own (--cap): to be judged better than a photograph is
-    no merit. It is the mean over symmetric views: much of what one view says is noise.
- 4. Each optimizer step has its own half of the denoising steps whose sigma_t is not small
-    (sample.py); of an odd number one is left out at random.
- 5. Ours alone: a running average of the weights is what is judged and kept, the one with the best
-    reward on validation photographs among those that lost at most --max-drop dB there.
- 6. All random numbers of an iteration come from (seed, iteration), for all samples, of which each
-    process takes its part: several processes give the weights of one to rounding, a resumed run
-    gives those of an unstopped one.
+ 2. A micro-batch is one denoising step of samples that were sampled together: the same arithmetic
+    gives the same log p, so rho is exactly 1 before the first optimizer step of an iteration.
+ 3. A reward is capped at the ground truth's own (--cap): to be judged better than a photograph is
+    no merit. It is the mean over symmetric views: much of what a single view says is noise.
+ 4. The denoising steps whose sigma_t is not small (sample.py) are divided at random between the
+    optimizer steps of an iteration; if their number is odd, one is left out.
+ 5. Ours alone: what is judged and kept is a running average of the weights, the one with the best
+    reward on validation photographs among those that lost at most --max-drop dB of PSNR there.
+ 6. All random numbers of an iteration come from (seed, iteration), for all samples at once; each
+    process takes its part. So several processes give the same weights as one, up to rounding, and
+    a resumed run the same as an unstopped one.
 
     python rl.py --task sr                                                     # laptop, 4 minutes
     accelerate launch rl.py --task sr --model ldm-sr --reward qrealign-mini --data DIR --size 256 \\

@@ -6,7 +6,7 @@ Notation              symbol                      shape
   x0                  x0_hat(z_t)                 (B, C, h, w)  the predicted clean latent
   alpha_bar_t, _prev  abar_t, abar_{t-1}          (B,)          product of (1 - beta)
   eta                 eta >= 0                    float         0: deterministic, 1: as DDPM
-  sigma_t             sigma_t                     (B,)          standard deviation of this very step
+  sigma_t             sigma_t                     (B,)          standard deviation of the step
   mean                mu_theta(z_t, t, lq)        (B, C, h, w)
   log_prob            log p_theta(z_{t-1} | z_t)  (B,)          mean over C, H, W
 
@@ -19,20 +19,20 @@ One step (Song et al. 2021, arXiv 2010.02502, eq. 12, 16; v: Salimans, Ho 2022, 
   z_{t-1} = mean + sigma_t noise
   log p   = mean over C, H, W of -(z_{t-1} - mean)^2 / (2 sigma_t^2) - log sigma_t - log(2 pi) / 2
 
-Chosen here because the paper's text is not public [R in the README]:
+Chosen here because we did not have the paper's text [R in the README]:
  1. log_prob is the mean over C, H, W, not the sum: a sum over 10^4 dimensions makes the ratio of
-    two policies explode. A clip range for it is then of the order 1e-4 to 1e-2.
- 2. A step with sigma_t = 0 (eta = 0, or the last one where abar_{t-1} = 1) is deterministic: its
-    log_prob is 0 here. The gradient of log_prob grows as 1 / sigma_t, and "leading" times, those of
-    Stable Diffusion, end in small ones: on `sr` a step of 0.003 beside 0.41 had 0.92 of the
-    gradient's norm (results/LOG.md). `Rollout.usable` leaves both kinds out of the policy loss.
+    two policies explode. Its clip range is then of the order 1e-4 to 1e-2.
+ 2. A step with sigma_t = 0 (eta = 0, or the last one, where abar_{t-1} = 1) is deterministic: its
+    log_prob is set to 0. The gradient of log_prob grows as 1 / sigma_t, and Stable Diffusion's
+    "leading" times end in small sigma_t: on `sr`, one step with 0.003, the largest being 0.41, made
+    up 0.92 of the gradient's norm (results/LOG.md). `Rollout.usable` leaves out both kinds of step.
  3. All arithmetic of the step is float32, whatever the network computes in.
  4. All noise is drawn beforehand (`draw`), so that a rollout is a function of its noise: a batch
     can be cut into parts, for memory or for several processes, and gives the same samples.
 
-A restorer here is any object with scheduler, a DDIMScheduler of diffusers, latent_shape(lq),
-condition(lq, generator) and predict(z_t, t, condition), as in model.py; `restore` also asks for
-device, defaults, settle, multiple, factor and decode. These functions need torch only and work
+A restorer here is any object that has scheduler (a DDIMScheduler of diffusers), latent_shape(lq),
+condition(lq, generator) and predict(z_t, t, condition), as in model.py; `restore` also needs
+device, defaults, settle, multiple, factor and decode. These functions need torch only and can be
 copied alone; the script needs the files beside it.
 
     python sample.py photo.png                                   # laptop: the shipped x4 restorer

@@ -9,11 +9,12 @@ Notation: z0, eps, z_t, output (B, C, h, w); alpha_bar_t (B,) for abar_t; lq, hq
 
 Chosen here:
  1. The loss is returned per sample, (B,), because the loss of rl.py weighs samples one by one.
- 2. A batch draws one time from each of B equal slices of [0, T): less variance at no cost.
- 3. An exponential moving average (EMA) of the weights is what is saved.
+ 2. The B times of a batch come from B equal slices of [0, T), one each: less variance at no cost.
+ 3. What is saved is an exponential moving average (EMA) of the weights.
  4. Crop i of a run and the noise of step i follow from (seed, i): neither the number of workers or
-    processes nor a resumed run changes them (but the noise that sd-x4-upscaler adds to lq).
- 5. A model with guidance (model.py) has the loss of its guided output: train it with guidance 1.
+    processes nor resuming changes them (except for the noise that sd-x4-upscaler adds to lq).
+ 5. For a model with guidance (model.py), this is the loss of the guided output: train it with
+    guidance 1.
 
     python sft.py --task sr                                   # laptop: about 15 minutes
     accelerate launch sft.py --task sr --data DIR --batch 256 --steps 200000 --size 128 --workers 12
