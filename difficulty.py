@@ -20,8 +20,8 @@ Chosen here because we did not have the paper's text [R]:
  2. std is that of r - mean(h_i) over the batch: eight rewards of one input give no steady estimate,
     and would blow up an input whose restorations are all alike.
  3. Each judged step has its own history: the scale of the reward changes along the chain.
- 4. s is the interquartile range / 1.349, the standard deviation of a Gaussian that outliers
-    leave alone.
+ 4. s is the interquartile range / 1.349: of a Gaussian its standard deviation, unmoved by
+    outliers.
  5. d is computed from the input's memory, not from the sample itself: among samples of one input, a
     sample's own distance falls as its advantage rises, so bad samples would get the larger w, and
     the mean of w A would not be zero. On validation photographs the two choices gain as much LPIPS

@@ -8,7 +8,7 @@ Learning with IQA Reward" (arXiv 2511.01645). One iteration, for samples i:
   3 advantage   A_i = (min(r_i, M(hq_i)) - mean of the memory of this input) / std    difficulty.py
   4 difficulty  d_i = max(M(hq_i) - mean of the memory, 0),  w_i = sigmoid(2 (d_i - m) / s)   same
   5 update      L = mean_i [w_i L_RL,i + (1 - w_i) lambda L_SFT,i] + beta KL              step_loss
-                L_RL,i = max(-A rho, -A clip(rho, 1 - eps, 1 + eps))                    policy_loss
+                L_RL,i = max(-A rho, -A clip(rho, 1 - c, 1 + c)), PPO's                 policy_loss
                 rho = exp(log p_theta - log p_old)
                 KL  = ||mu_theta - mu_ref||^2 / (2 sigma_t^2), mean over C, H, W    kl_to_reference
 We did not have the paper's exact equations: the README marks what is the paper's and what is ours.
@@ -126,8 +126,8 @@ def collect(restorer, judge, lq, hq, gen, cfg, accelerator, keep=True):
     """Rollout and reward of samples lq, hq (S, 3, H, W), the noise drawn for all of them.
 
     -> (batches of this process: dicts, [] unless keep; rewards (S, K) of all, on the CPU). K is 1
-    for --reward-mode final. For step, what is judged of step k is the clean image that step k + 1
-    predicts anyway.
+    for --reward-mode final. For step, step k is judged by the clean image that is predicted from
+    its result.
     """
     condition, noise = draw(restorer, lq, cfg.steps, gen)
     own = own_part(len(lq), accelerator)

@@ -21,7 +21,7 @@ One step (Song et al. 2021, arXiv 2010.02502, eq. 12, 16; v: Salimans, Ho 2022, 
 
 Chosen here because we did not have the paper's text [R in the README]:
  1. log_prob is the mean over C, H, W, not the sum: a sum over 10^4 dimensions makes the ratio of
-    two policies explode. Its clip range is then of the order 1e-4 to 1e-2.
+    two policies explode. With the mean, the clip range is of the order 1e-4 to 1e-2.
  2. A step with sigma_t = 0 (eta = 0, or the last one, where abar_{t-1} = 1) is deterministic: its
     log_prob is set to 0. The gradient of log_prob grows as 1 / sigma_t, and Stable Diffusion's
     "leading" times end in small sigma_t: on `sr`, one step with 0.003, the largest being 0.41, made
