@@ -234,17 +234,20 @@ def stored(folder, words, tmp_path, monkeypatch):
     return [line.rpartition(" | ")[0] + " |" for line in table.splitlines()[2:]]  # but minutes
 
 
+C8 = "C8", "--only", "judge, with SFT", "judge, without"
 C5 = "C5", "--max-drop", "99", "--models", "runs/former/weights/sr", "runs/sft-latent/model"
 
 
 PUBLISHED = (claims.ROOT / "results/README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("claim", (("C1",), ("C2",), ("C3",), ("C4",), C5, ("C6",), ("C7",)))
+@pytest.mark.parametrize("claim", (("C1",), ("C2",), ("C3",), ("C4",), C5, ("C6",), ("C7",), C8))
 def test_the_published_table_is_that_of_the_published_scores(claim, tmp_path, monkeypatch):
     lines = stored("C5" if claim == C5 else "claims", claim, tmp_path, monkeypatch)
     table = PUBLISHED.partition(f"\n| {claim[0]} | judge")[2].partition("\n\n")[0]
     published = table.splitlines()[2:]
+    if claim == C8:  # the scores of the other rows are lost
+        published = [row for row in published if "lost" not in row]
     assert len(published) >= 6 and set(published) <= set(lines)
     assert {line for line in lines if " minus " not in line} <= set(published)
 
