@@ -29,6 +29,7 @@ Chosen here because the paper trains Stable Diffusion, which no laptop does:
 import copy
 import importlib
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -273,7 +274,7 @@ class LatentRestorer(Restorer):
     def __init__(self, *parts, **options):
         super().__init__(*parts, **options)
         unet = self.frozen.get("unet", self.bare_net)
-        if self.settings["gradient_checkpointing"]:
+        if self.settings.get("gradient_checkpointing"):
             self.bare_net.enable_gradient_checkpointing()
             unet.enable_gradient_checkpointing()
         self.vae = self.frozen.get("vae") or self.frozen["vqvae"]
@@ -390,6 +391,7 @@ def load(name, task="sr", device="cpu", dtype="float32", controlnet=""):
     import diffusers
     from huggingface_hub import snapshot_download
     diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)  # what matters is raised as well
+    logging.getLogger("bitsandbytes").setLevel("ERROR")  # comes with pyiqa; nothing here calls it
     if name == "pixel":
         return PixelRestorer.create().to(device, getattr(torch, dtype))
     source = HUB.get(name) or name or shipped(task)

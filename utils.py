@@ -149,6 +149,8 @@ def atomic(path):
                 file.chmod(0o666 & ~umask)
         shutil.rmtree(path, ignore_errors=True)  # does nothing to a file
         os.replace(temporary, path)
+    except SafetensorError as error:  # a full disk, said in its own way
+        raise OSError(f"{path}: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)
@@ -264,8 +266,7 @@ def run_main(main):
     except KeyboardInterrupt:
         print("stopped; what was written stays", file=sys.stderr)
         raise SystemExit(130) from None
-    except (UserError, OSError, SafetensorError) as error:  # the last: a full disk
-        # a DataLoader's worker puts its traceback before the line
+    except (UserError, OSError) as error:  # a DataLoader's worker puts its traceback before it
         line = str(error).rpartition("utils.UserError: ")[2]
     except (MemoryError, RuntimeError) as error:
         texts = "out of memory", "allocate memory"

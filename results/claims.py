@@ -101,7 +101,7 @@ def plan(claim, cfg):
         raise UserError(f"--only: the rows of {claim} are: {'; '.join(rows)}")
     rows = {name: rows[name] for name in cfg.only or rows}
     if len({row.folder for row in rows.values()}) < len(rows):
-        raise UserError(f"{claim}: two rows have one folder; rename a model or judge")
+        raise UserError(f"{claim}: two rows are one run; change the flag, or rename a model")
     return rows
 
 
@@ -275,8 +275,8 @@ def table_rows(change, sft, front, minutes):
     first, *others = change
     for name in others:
         line = lines[f"{first} minus {name}"] = {}
-        for key, x in change[name].items():
-            mean, width, p = paired(change[first][key] - x)
+        for key in change[first].keys() & change[name].keys():
+            mean, width, p = paired(change[first][key] - change[name][key])
             line[key] = cell(mean, width, "+") + ("" if math.isnan(p) else f", p {p:.2g}")
     return lines
 
@@ -354,17 +354,18 @@ def main():
             train(row, folder)
             print(cost(claim, runs, cfg.split), flush=True)
 
-    found, lines, groups = measure(cfg, rows), {}, []
+    found, columns, lines, groups = measure(cfg, rows), {}, {}, []
     minutes = {name: [sum(x.get("seconds", 0) for x in log(row.folder / seed)) / 60
                       for seed in cfg.seeds] for name, row in rows.items()}
     for key, (base, models) in found.items():
         label = " ".join(["", *filter(None, key)]) if len(found) > 1 else ""
         change, sft, front = changes_of(base, models)
         part = table_rows(change, sft, front, minutes)
+        columns |= sft
         lines |= {name.replace("SFT", f"SFT{label}") if name in ("SFT", *front) else name: x
                   for name, x in part.items()}
         groups.append((change, front))
-    text, name = markdown(claim, [*sft, "x front", "minutes"], lines), f"{claim}-{cfg.split}"
+    text, name = markdown(claim, [*columns, "x front", "minutes"], lines), f"{claim}-{cfg.split}"
     with atomic(Path(cfg.out, f"{name}.md")) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     print(text)

@@ -92,7 +92,7 @@ def test_unequal_budgets_and_unknown_rows_are_refused(monkeypatch):
             claims.main()
     with pytest.raises(UserError, match="no rows"):
         claims.plan("C5", claims.Config(models=[]))
-    with pytest.raises(UserError, match="one folder"):
+    with pytest.raises(UserError, match="one run"):
         claims.plan("C5", claims.Config(models=["a/b", "a_b"]))
 
 

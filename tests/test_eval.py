@@ -117,6 +117,8 @@ def test_the_region_shown_is_where_lq_differs_most_and_fooled_judges_are_named(t
     lq[..., 40:200, 120:280] = -0.5
     assert hardest_region(lq, hq) == (40, 120)
     assert hardest_region(*(x[..., :139, 120:220] for x in (lq, hq)), 100) == (39, 0)
+    across = [x[..., :139, 120:220].transpose(2, 3) for x in (lq, hq)]
+    assert hardest_region(*across, 100) == (0, 39)
     shown = {}
     monkeypatch.setattr(evaluation, "save_grid", lambda path, columns, captions: shown.update(
         columns=columns, captions=captions))

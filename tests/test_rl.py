@@ -326,6 +326,9 @@ def test_bad_settings_are_named(changes, words, run):
 
 
 def test_uneven_shares_of_processes_and_another_task_are_named(tiny_restorer, capsys):
+    noise = tiny_restorer()
+    noise.defaults["task"] = "denoise+derain"
+    rl.check(replace(SMALL, task="denoise25", eta=1.0), noise, 1)
     rl.check(replace(SMALL, task="sr4", eta=1.0), tiny_restorer(), 1)
     assert capsys.readouterr().err == ""
     for task in ("derain", "sr2"):
