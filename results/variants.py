@@ -137,7 +137,8 @@ def noisiest(count, collect=rl.collect):
     return part
 
 
-def curve(cfg):
+def curve():
+    """rl.validate with outside metrics beside the reward."""
     return partial(rl.validate, others=load_metrics(INSTRUMENTS, pick_device()))
 
 
@@ -152,4 +153,4 @@ METHODS = {  # cfg -> {name of a function of rl.py: its replacement}
     "sigma": lambda cfg: {"step_loss": by_sigma},
     "likelihood": lambda cfg: {"step_loss": likelihood},
     "gradient": lambda cfg: {"step_loss": reward_gradient.make_step_loss(cfg)},
-    "curve": lambda cfg: {"validate": curve(cfg)}}
+    "curve": lambda cfg: {"validate": curve()}}

@@ -371,7 +371,7 @@ def train(cfg):
         (matrices if weight.ndim == 2 and "embed" not in name else others).append(weight)
     optimizers = [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.02),
                   torch.optim.AdamW(others, lr=1e-3, weight_decay=0.05)]
-    schedules = [OneCycleLR(optimizer, peak * rate, cfg.steps, pct_start=0.11, cycle_momentum=False)
+    schedules = [OneCycleLR(optimizer, peak * rate, cfg.steps, pct_start=0.1, cycle_momentum=False)
                  for optimizer, peak in zip(optimizers, (0.02, 1e-3))]
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     bar, smooth_loss = tqdm(range(cfg.steps), cfg.name), 1.6
