@@ -15,7 +15,7 @@ Used by results/claims.py; a variant of your own is a line in METHODS.
 
 import sys
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "results")]
 
 import ddpo  # noqa: E402
 import reward_gradient  # noqa: E402
+from new_reward import judge  # noqa: E402
 
 import reward  # noqa: E402
 import rl  # noqa: E402
@@ -80,9 +81,6 @@ def claims(cfg):
 
 
 # ---- what takes the place of a function of rl.py ----
-
-judge = cache(partial(reward.load, "judge"))  # of a device, loaded at the first call
-
 
 def judge_and_psnr(images, refs):
     """A reward: judge + PSNR / 10 dB. Restorations of one input differ by 0.034 and 0.28 dB."""
