@@ -140,7 +140,7 @@ def compare(restorers, batches, metrics, steps=0, eta=-1.0, seeds=3, border=0, f
     for share, other in front:
         n, x = round(share * count), other * noise
         if (n, x) != (count, noise):
-            tested[f"{base}, {n} steps, eta {x}"] = (first, n, x)
+            tested[f"{base}, {n} steps, eta {x}"] = (first, *first.settle(n, x))
     rows = {}
     bar = tqdm(tested.items(), "eval", unit="model")
     for name, (restorer, n, x) in bar:

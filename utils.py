@@ -31,11 +31,9 @@ class UserError(Exception):
 
 def generator(seed, *stream):
     """A CPU torch.Generator for one purpose. stream: integers that keep purposes apart."""
-    mixed = seed & 0xFFFFFFFF
-    for part in stream:  # a 64-bit linear congruential mix (Knuth's MMIX constants)
-        mixed = mixed * 6364136223846793005 + 1442695040888963407 + part
-        mixed &= 0xFFFFFFFFFFFFFFFF
-    return torch.Generator().manual_seed(mixed)
+    for part in stream:  # a linear congruential mix (Knuth's MMIX constants), modulo 2^32
+        seed = seed * 6364136223846793005 + 1442695040888963407 + part
+    return torch.Generator().manual_seed(seed & 0xFFFFFFFF)
 
 
 def pick_device():

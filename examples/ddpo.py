@@ -10,7 +10,6 @@ in this iteration; the loss is PPO's alone. What is left of rl.py is its sampler
 import sys
 from pathlib import Path
 
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import rl  # noqa: E402

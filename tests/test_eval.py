@@ -13,7 +13,7 @@ import eval as evaluation
 from eval import (color_step, evaluate, format_differences, format_table, gain_on_front,
                   hardest_region, in_batches, interval, mean_error, measure, save_regions)
 from sample import restore
-from utils import generator
+from utils import UserError, generator
 
 
 def test_color_step_sees_color_noise_and_nothing_else(gen):
@@ -108,6 +108,11 @@ def test_the_front_is_the_best_of_its_points_at_the_same_loss():
                                      ("far", 0.3, 0.02))}
     near, far = evaluation.format_front(rows, "sft", ["more"], ["near", "far"]).splitlines()
     assert near.endswith("front 0.0100, 2.0 times") and far.endswith("front ends before")
+
+
+def test_a_front_of_too_many_steps_is_refused_before_any_work(tiny_restorer):
+    with pytest.raises(UserError, match="--steps 1200"):
+        evaluation.compare({"sft": tiny_restorer()}, [], {}, 600, 1.0, front=evaluation.FRONT)
 
 
 def test_the_region_shown_is_where_lq_differs_most_and_fooled_judges_are_named(tmp_path, gen,

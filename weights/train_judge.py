@@ -438,7 +438,7 @@ class Config:
     name: str = option("judge", "which judge", choices=sorted(BUILD))
     data: str = option("photos", "folder of photographs, see photographs.py")
     out: str = option("", "folder to write; empty: runs/NAME")
-    steps: int = option(6000, "optimizer steps", least=1)
+    steps: int = option(6000, "optimizer steps", least=11)
     pool: int = option(240, "crops for each task, and for each restorer in --hacked", least=1)
     start: str = option("", "folder of an earlier run, to go on from its judge and ladder")
     hacked: list = option([], "folders of restorers whose output joins the ladder")
