@@ -383,8 +383,8 @@ def shipped(task):
 def load(name, task="sr", device="cpu", dtype="float32", controlnet=""):
     """A restorer, ready to sample and to train; UserError if its folder is not complete.
 
-    name: "" (the shipped one for `task`), pixel (random weights), another of FAMILIES (its weights
-    in HUB), a hub id, or a folder that sft.py, rl.py or diffusers has saved. dtype: float32 or
+    name: "" (the shipped one for `task`), pixel or any family with `create` (random weights), one
+    of HUB, a hub id, or a folder that sft.py, rl.py or diffusers has saved. dtype: float32 or
     bfloat16. controlnet: folder or hub id of a trained one, in the place of a copy of the UNet; or
     a file NAME.safetensors of its weights alone, as DP2O-SR's C-SD2 (SD 2 base) comes.
     """
@@ -392,8 +392,8 @@ def load(name, task="sr", device="cpu", dtype="float32", controlnet=""):
     from huggingface_hub import snapshot_download
     diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)  # what matters is raised as well
     logging.getLogger("bitsandbytes").setLevel("ERROR")  # comes with pyiqa; nothing here calls it
-    if name == "pixel":
-        return PixelRestorer.create().to(device, getattr(torch, dtype))
+    if hasattr(FAMILIES.get(name), "create"):
+        return FAMILIES[name].create().to(device, getattr(torch, dtype))
     source = HUB.get(name) or name or shipped(task)
     remedy = "give a complete folder of sft.py, rl.py or diffusers, or a hub id and a network"
     with one_line(f"--model {source}", remedy):

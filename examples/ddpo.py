@@ -18,7 +18,9 @@ from utils import UserError, parse, run_main  # noqa: E402
 
 
 def group_advantages(samples):
-    """Replaces difficulty.advantages: rewards (S, K) of S / samples inputs, one after the other."""
+    """Replaces difficulty.advantages: rewards (S, K) of S / samples inputs, one after the other.
+
+    A NaN among an input's rewards leaves all of them without an advantage."""
     def advantages(rewards, baseline):
         groups = rewards.view(-1, samples, rewards.shape[1])
         gain = groups - groups.mean(1, keepdim=True)

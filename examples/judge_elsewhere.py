@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import reward  # noqa: E402
 import rl  # noqa: E402
-from utils import option, parse, run_main  # noqa: E402
+from utils import one_line, option, parse, run_main  # noqa: E402
 
 plain_collect = rl.collect
 
@@ -51,6 +51,8 @@ def main():
     cfg = parse(Config)
     count, own = (int(os.environ.get(f"LOCAL_{x}", y)) for x, y in (("WORLD_SIZE", 1), ("RANK", 0)))
     device = cfg.judge_device or f"cuda:{count + own}"
+    with one_line(f"--judge-device {device}", "give one that is there, as cpu"):
+        torch.empty(1, device=device)
     rl.load_reward, rl.collect = lambda name, _: reward.load(name, device), collect
     rl.train(cfg)
 

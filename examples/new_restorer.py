@@ -77,9 +77,8 @@ def main():
     stage, *words = sys.argv[1:] or [""]
     if stage not in ("sft", "rl"):
         raise UserError("usage: new_restorer.py sft ... | rl ...")
-    if stage == "sft" and "--model" not in words:
-        Mine.create().save("runs/mine-start")
-        words = ["--model", "runs/mine-start", *words]
+    if stage == "sft":
+        words = ["--model", "mine", *words]  # random weights, unless words name a folder
     script = sft if stage == "sft" else rl
     script.train(parse(script.Config, words))
 

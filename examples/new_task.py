@@ -24,10 +24,14 @@ from utils import UserError, parse, run_main  # noqa: E402
 def pixelate(hq, generator):
     """Mosaic of 2 x 2 or 4 x 4 pixels, as faces are hidden: every block is its mean."""
     severity = torch.randint(2, (len(hq),), generator=generator).float()
-    size = hq.shape[2:]
-    fine, coarse = (F.interpolate(F.avg_pool2d(hq, side, ceil_mode=True), size) for side in (2, 4))
+    height, width = hq.shape[2:]
+
+    def mosaic(side):
+        means = F.avg_pool2d(hq, side, ceil_mode=True)
+        blocks = means.repeat_interleave(side, 2).repeat_interleave(side, 3)
+        return blocks[..., :height, :width]
     chosen = severity.view(-1, 1, 1, 1).to(hq.device)
-    return torch.lerp(fine, coarse, chosen), severity
+    return torch.lerp(mosaic(2), mosaic(4), chosen), severity
 
 
 def main():

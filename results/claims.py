@@ -284,8 +284,9 @@ def table_rows(change, sft, front, minutes):
 def looks(row, seeds):
     """{column: changes since the SFT restorer (looks,)} of the validation columns, over seeds."""
     runs = [[x for x in log(row.folder / seed) if "val_reward" in x] for seed in seeds]
+    keys = [key for key in runs[0][0] if key[:4] == "val_" and all(key in run[0] for run in runs)]
     return {key: [statistics.mean(run[i][key] - run[0][key] for run in runs)
-                  for i in range(min(map(len, runs)))] for key in runs[0][0] if key[:4] == "val_"}
+                  for i in range(min(map(len, runs)))] for key in keys}
 
 
 def draw(path, groups, courses):
@@ -341,8 +342,8 @@ class Config(rl.Config):
 
 def main():
     cfg, words = parse(Config, positional="one of C1 to C8")
-    numbers = "".join(cfg.seeds).isdigit() and len(set(cfg.seeds)) == len(cfg.seeds)
-    if len(words) != 1 or words[0] not in claims(cfg) or not numbers:
+    known = all(map(str.isdecimal, cfg.seeds)) and len(set(map(int, cfg.seeds))) == len(cfg.seeds)
+    if len(words) != 1 or words[0] not in claims(cfg) or not known or not cfg.seeds:
         raise UserError("give one claim, C1 to C8, and --seeds that are different whole numbers")
     cfg, claim = replace(cfg, **TINY) if cfg.tiny else cfg, words[0]
     rows = plan(claim, cfg)

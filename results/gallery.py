@@ -11,7 +11,6 @@ by arrow keys, too; beside it any of lq, SFT, RL and hq. The page holds all imag
 import base64
 import html
 import io
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import get_task, open_split, whole  # noqa: E402
 from eval import load_metrics, measure  # noqa: E402
-from model import load  # noqa: E402
+from model import load, read_json  # noqa: E402
 from sample import restore  # noqa: E402
 from utils import UserError, atomic, generator, option, parse  # noqa: E402
 from utils import pick_device, run_main, to_uint8  # noqa: E402
@@ -69,10 +68,11 @@ def squares(image, side):
 
 def cases_of(run, cfg):
     """[{"name", "images": {kind: (3, h, w)}, "scores": {kind: {metric: (1,)}}}] of a run."""
-    if not Path(run, "model").is_dir():
+    had = SimpleNamespace(**read_json(Path(run, "config.json")))
+    if not Path(run, "model").is_dir() or not hasattr(had, "eta"):
         raise UserError(f"{run}: no finished run of rl.py")
-    had = SimpleNamespace(**json.loads(Path(run, "config.json").read_text(encoding="utf-8")))
-    had.data = cfg.data or had.data
+    if cfg.data:
+        had.data, had.lq, had.hq = cfg.data, "", ""
     source, device, cases = open_split(had, "test"), pick_device(), []
     restorers = {"SFT": load(had.model, had.task, device), "RL": load(f"{run}/model", "", device)}
     metrics = load_metrics(["judge", "judge2", "pyiqa:lpips"], device)
@@ -140,7 +140,7 @@ def main():
         raise UserError(f"--out {cfg.out}: is there already; choose another")
     cases = [case for run in runs for case in cases_of(run, cfg)]
     with atomic(cfg.out) as temporary:
-        temporary.write_text(page(cases), encoding="utf-8")
+        temporary.write_text(page(cases), encoding="utf-8", errors="backslashreplace")
     print(f"wrote {cfg.out}: {len(cases)} squares")
 
 

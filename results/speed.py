@@ -1,6 +1,7 @@
 """The time of rl.py beside that of its networks alone and of plain DDPO, in one run.
 
-  networks            the passes of an iteration, of restorer, reference and judge, and nothing else
+  networks            the passes of an iteration, of restorer, reference and judge (of whole crops),
+                      and nothing else
   rl.py               its phases, from rollout to update
   rl.py, DDPO's loss  the same with the loss of examples/ddpo.py: no SFT, no reference
   ddpo-pytorch        DDPO as github.com/kvablack/ddpo-pytorch writes it: each sample at time steps
@@ -134,6 +135,8 @@ def turns(cfg):
     with torch.no_grad():
         usable = len(rollout(restorer, *drawn, cfg.eta).usable)
     scorer = rl.load_reward(cfg.reward, device)
+    if not hasattr(scorer, "inputs"):
+        raise UserError(f"--reward {cfg.reward}: take a judge by level words")
     fixed = SimpleNamespace(
         cfg=cfg, lq=lq, hq=hq, reference=restorer.frozen_copy(), average=restorer.frozen_copy(),
         memory=rl.RewardMemory(cfg.inputs), scorer=scorer, judge=rl.views(scorer, cfg.views),

@@ -68,7 +68,7 @@ PACKAGES = {  # name: (licence, folder in the package, files with factors)
 def fetch(package, folder):
     """Downloads `package` into `folder`, an empty one, and unpacks it there."""
     if package.endswith(".deb"):
-        command = ["apt-get", "download", package.removesuffix(".deb")]
+        command = ["env", "apt-get", "download", package[:-4]]  # env: fails where there is none
     else:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", package]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)

@@ -52,8 +52,8 @@ from model import load as load_restorer  # noqa: E402
 from reward import LEVELS, PROMPT, STEM, MLLMJudge, load_judge  # noqa: E402
 from reward import load as load_reward  # noqa: E402
 from sample import restore  # noqa: E402
-from utils import (atomic, generator, load_checkpoint, new_run, option, parse,  # noqa: E402
-                   run_main, save_checkpoint, to_uint8)
+from utils import (atomic, generator, load_checkpoint, new_run, one_line, option,  # noqa: E402
+                   parse, run_main, save_checkpoint, to_uint8)
 
 
 def rescale(image, s):
@@ -294,8 +294,10 @@ def crops(data, part, task, count, seed):
     names = [name for name in source.names if "motorcycle_right" not in name]  # as the left one
     files = dict(zip(source.names, source.paths))
     source = Source([(name, *files[name]) for name in names[part::2]])
-    hq, gen = pool(source, get_task("sr"), SIDE, seed, 3 * count)[1], generator(seed, 13)
-    hq = torch.stack([x for x in hq if fine_detail(to_uint8(x)) >= 0.03][:count])
+    gen = generator(seed, 13)
+    with one_line(f"--data {data}", f"two photographs of {SIDE} pixels and with detail are needed"):
+        hq = pool(source, get_task("sr"), SIDE, seed, 3 * count)[1]
+        hq = torch.stack([x for x in hq if fine_detail(to_uint8(x)) >= 0.03][:count])
     hq = torch.stack([filmed(x, gen) if i % 3 else x for i, x in enumerate(hq)])
     hq[::2] = recolor(hq[::2], gen)
     return degrade(hq, gen)[0], hq
@@ -339,7 +341,8 @@ def hacked_rungs(cfg, recipe):
     for number, folder in enumerate(cfg.hacked):
         seed = 1000 * recipe["seed"] + number
         restorer = load_restorer(folder, dtype="bfloat16")
-        lq, hq = crops(cfg.data, recipe["half"], restorer.defaults["task"], cfg.pool, seed)
+        task = restorer.defaults["task"].partition("+")[0]  # of several the first
+        lq, hq = crops(cfg.data, recipe["half"], task, cfg.pool, seed)
         output = restored(restorer, lq, generator(seed, 10))
         share = torch.rand(len(hq), 1, 1, 1, generator=generator(seed, 11))
         rungs = torch.stack([output, torch.lerp(hq, output, share)], 1)

@@ -6,6 +6,7 @@ to float16: model.load makes float32 of it.
     python weights/train_restorer.py --task dehaze+lowlight --model weights/sr --data photos
 """
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -34,8 +35,10 @@ def main():
     if len(kinds) > 1:
         TASKS[cfg.task] = partial(degrade_mixed, kinds=kinds)
     sft.train(cfg)
-    for file in Path(cfg.out or f"runs/sft-{cfg.task}-{cfg.seed}", "model").glob("*/*.safetensors"):
-        halve(file)
+    folder = Path(cfg.out or f"runs/sft-{cfg.task}-{cfg.seed}", "model")
+    if os.environ.get("RANK", "0") == "0":  # the process that has saved it
+        for file in folder.rglob("*.safetensors"):
+            halve(file)
 
 
 if __name__ == "__main__":
