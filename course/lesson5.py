@@ -43,8 +43,8 @@ def total_loss(w, rl_loss, sft_loss, kl_loss, sft_coef, kl_coef):
 def sft_coef_for(share, row, sft_coef):
     """Hole 4: the lambda that would give SFT `share` in (0, 1) of the norms of RL and SFT together.
 
-    row: of metrics.csv, with share_rl and share_sft as they were with sft_coef. The gradient's norm
-    of the SFT term is proportional to lambda, that of RL does not depend on it. -> float
+    row: of metrics.csv, as floats, with share_rl and share_sft as they were with sft_coef. The norm
+    of SFT's gradient is proportional to lambda, that of RL does not depend on it. -> float
     """
     raise NotImplementedError("hole 4, sft_coef_for, is not filled yet")
 

@@ -34,8 +34,8 @@ def test_a_first_step_to_any_time_is_finite_for_eta_1():
 
 
 def test_log_prob_is_the_mean_of_the_gaussian_log_density():
-    mean, sigma_t = random(3), torch.tensor([0.1, 0.5, 2.0])
-    z_prev = mean + random(4)
+    mean, sigma_t = random(3), torch.tensor([0.003, 0.5, 2.0])
+    z_prev = mean + sigma_t.view(3, 1, 1, 1) * random(4)
     density = Normal(mean, sigma_t.view(3, 1, 1, 1)).log_prob(z_prev)
     torch.testing.assert_close(log_prob(z_prev, mean, sigma_t), density.mean((1, 2, 3)))
 

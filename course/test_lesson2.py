@@ -22,8 +22,11 @@ def oracle(z0, error):
 
 def test_the_loss_is_the_mean_square_of_each_samples_error():
     (z0, eps), t, error = pair(), torch.tensor([50, 300, 600, 950]), torch.arange(4.0)
+    error.requires_grad_()
     loss = diffusion_loss(oracle(z0, error), z0, t, ALPHA_BAR, eps)
     torch.testing.assert_close(loss, error ** 2, atol=1e-5, rtol=1e-5)
+    slope, = torch.autograd.grad(loss.sum(), error)  # a loss without it trains nothing
+    torch.testing.assert_close(slope, 2 * error, atol=1e-4, rtol=1e-4)
 
 
 def test_no_multiple_of_best_v_is_better_and_its_loss_is_known():

@@ -27,6 +27,10 @@ def test_advantages_are_those_of_difficulty_py():
     assert found[5] == 5 and found[0].isfinite()
     torch.testing.assert_close(advantages(rewards[6:], history[6:]).mean(), torch.tensor(0.0),
                                atol=1e-5, rtol=0)
+    rewards[6] = -3.0  # far below
+    for r, h in ((rewards[6:], history[6:]), (rewards[7:], history[7:])):
+        expected = difficulty.advantages(r[:, None], h.nanmean(1, keepdim=True))[:, 0]
+        torch.testing.assert_close(advantages(r, h), expected)
 
 
 def test_equal_rewards_have_no_advantage_and_scale_does_not_count():
@@ -51,3 +55,8 @@ def test_your_gradient_is_the_slope_of_the_loss():
     found = clipped_gradient(old + log_rho, old, advantage, 0.2)
     torch.testing.assert_close(found, (above - below) / (2 * small), atol=1e-6, rtol=1e-6)
     assert found[log_rho == 0].tolist() == [-2.0, 2.0]
+    log_prob = (old + log_rho).requires_grad_()
+    for clip_range in (0.2, 0.05):
+        loss = clipped_loss(log_prob, old, advantage, clip_range)
+        found = clipped_gradient(log_prob.detach(), old, advantage, clip_range)
+        torch.testing.assert_close(found, torch.autograd.grad(loss.sum(), log_prob)[0])

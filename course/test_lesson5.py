@@ -12,6 +12,9 @@ def test_kl_is_that_of_two_gaussians():
     wide = sigma_t.view(3, 1, 1, 1)
     expected = kl_divergence(Normal(mean, wide), Normal(ref_mean, wide)).mean((1, 2, 3))
     torch.testing.assert_close(kl(mean, ref_mean, sigma_t), expected)
+    mean.requires_grad_()
+    slope, = torch.autograd.grad(kl(mean, ref_mean, sigma_t).sum(), mean)
+    torch.testing.assert_close(slope, (mean - ref_mean).detach() / (40 * wide ** 2))
 
 
 def test_the_weight_is_half_at_the_median_more_for_the_harder_and_no_outlier_moves_it():
@@ -20,6 +23,7 @@ def test_the_weight_is_half_at_the_median_more_for_the_harder_and_no_outlier_mov
     w = weight(distance, sft)
     torch.testing.assert_close(w, difficulty.weights("baseline", distance, sft, distance))
     assert w[2] == 0.5 and (w.diff() > 0).all()
+    torch.testing.assert_close(weight(0.001 * distance, 0.001 * sft), w)
     sft[sft.argmax()] = 1e6
     torch.testing.assert_close(weight(distance, sft), w)
     assert weight(torch.ones(3), torch.ones(9)).tolist() == [0.5] * 3
