@@ -17,11 +17,36 @@ def gen():
     return torch.Generator().manual_seed(0)
 
 
+@pytest.fixture
+def command(monkeypatch):
+    """Runs the main() of a script with these words on its command line."""
+    def run(script, *words):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, words)])
+        script.main()
+    return run
+
+
 @pytest.fixture(scope="session")
 def tiny_restorer():
     """Builds a pixel restorer of a few thousand random weights with 4 steps; a fresh one each."""
     from tiny import pixel
     return pixel
+
+
+@pytest.fixture
+def step_args(tiny_restorer, gen):
+    """Arguments of rl.step_loss but for k, weights that have moved, with every term of a size."""
+    import rl
+    restorer, lq = tiny_restorer(), torch.rand(3, 3, 16, 16, generator=gen) * 2 - 1
+    reference = restorer.frozen_copy()
+    with torch.no_grad():
+        path = rl.rollout(restorer, *rl.draw(restorer, lq, 5, gen), 0.5)
+        for p in restorer.weights():
+            p += 0.02 * torch.randn(p.shape, generator=gen)
+    t, eps = rl.draw_noise(restorer, lq, gen)
+    return restorer, reference, rl.Config(eta=0.5, sft_coef=0.3, kl_coef=0.2), {
+        "path": path, "weight": torch.tensor([0.0, 0.3, 1.0]), "t": t, "eps": eps,
+        "z0": restorer.encode(lq.flip(3), lq), "advantage": torch.randn(3, 5, generator=gen)}
 
 
 @pytest.fixture(scope="session")

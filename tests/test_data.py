@@ -197,13 +197,12 @@ def test_test_crops_are_those_of_the_first_edition():
     assert torch.equal(lq, TASKS["denoise"](hq, generator(0, 4, 2))[0])
 
 
-def test_script(tmp_path, monkeypatch, capsys):
+def test_script(tmp_path, monkeypatch, command, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["data.py", "--data", "mine", "--size", "32"])
     make(tmp_path / "mine", "a.png", "b.png")
-    data.main()
+    command(data, "--data", "mine", "--size", 32)
     assert read_image("runs/data/sr.png").shape == (3, 64, 256)
     os.truncate("mine/a.png", 4000)
     with pytest.raises(UserError, match="1 of 2 images cannot be used"):
-        data.main()
+        command(data, "--data", "mine", "--size", 32)
     assert "mine/a.png" in capsys.readouterr().out

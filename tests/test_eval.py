@@ -2,7 +2,6 @@
 
 import csv
 import math
-import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -115,8 +114,7 @@ def test_a_front_of_too_many_steps_is_refused_before_any_work(tiny_restorer):
         evaluation.compare({"sft": tiny_restorer()}, [], {}, 600, 1.0, front=evaluation.FRONT)
 
 
-def test_the_region_shown_is_where_lq_differs_most_and_fooled_judges_are_named(tmp_path, gen,
-                                                                               monkeypatch):
+def test_the_hardest_region_is_shown_and_fooled_judges_are_named(tmp_path, gen, monkeypatch):
     hq = torch.rand(1, 3, 240, 320, generator=gen) - 0.5
     lq = hq.clone()
     lq[..., 40:200, 120:280] = -0.5
@@ -136,8 +134,8 @@ def test_the_region_shown_is_where_lq_differs_most_and_fooled_judges_are_named(t
     assert "prefers" in shown["captions"]["rl"][0] and "prefers" not in shown["captions"]["lq"][0]
 
 
-def test_the_script_compares_two_restorers_and_prints_the_front(tmp_path, tiny_restorer, capsys,
-                                                                photo_folder, monkeypatch):
+def test_the_script_compares_two_and_prints_the_front(tmp_path, tiny_restorer, capsys, command,
+                                                      photo_folder, monkeypatch):
     first, other = tiny_restorer(), tiny_restorer()
     first.defaults["size"] = 16
     first.save(tmp_path / "a")
@@ -146,10 +144,8 @@ def test_the_script_compares_two_restorers_and_prints_the_front(tmp_path, tiny_r
     other.save(tmp_path / "b")
     monkeypatch.setattr(evaluation, "load_metrics", lambda names, device: dict.fromkeys(
         ("pyiqa:lpips ↓", "pyiqa:brisque ↓"), lambda x, y: x.abs().mean((1, 2, 3))))
-    words = [tmp_path / "a", tmp_path / "b", "--data", photo_folder, "--front",
-             "--seeds", 1, "--out", tmp_path / "out"]
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
-    evaluation.main()
+    words = tmp_path / "a", tmp_path / "b", "--data", photo_folder, "--seeds", 1
+    command(evaluation, *words, "--front", "--out", tmp_path / "out")
     text = capsys.readouterr().out
     assert int(text.split(" images, 1 sampler seeds")[0]) > 4 and "own front" in text
     assert "6 steps, eta 0.5" in text and f"minus {tmp_path / 'a'}" in text
@@ -160,9 +156,7 @@ def test_the_script_compares_two_restorers_and_prints_the_front(tmp_path, tiny_r
     scored = [line["image"] for line in lines if line["pyiqa:brisque ↓"]]
     assert lines[0]["image"].startswith("test/cat") and set(scored) == {"all together"}
     assert lines[1]["pyiqa:lpips ↓"] and not lines[1]["pyiqa:brisque ↓"]
-    words = [*words[:4], "--size", 0, "--split", "all", "--count", 3, "--seeds", 1]
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
     shown, whole = [], evaluation.whole
     monkeypatch.setattr(evaluation, "whole", lambda *x: shown.append(x[2]) or whole(*x))
-    evaluation.main()
+    command(evaluation, *words, "--size", 0, "--split", "all", "--count", 3)
     assert shown == [0, 1, 3]  # of five

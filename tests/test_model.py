@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import model
 from sample import rollout
 from utils import UserError, generator, write_json
 
+PEFT = pytest.mark.skipif(find_spec("peft") is None, reason="needs peft")
 LQ = torch.rand(2, 3, 32, 32, generator=generator(0)) * 2 - 1
 
 
@@ -59,25 +61,29 @@ def test_shapes_ranges_and_scales(restorer):
     assert torch.equal(exact, rounded) == (restorer.dtype == torch.float32)
 
 
-def test_modulation_or_words_train_and_the_reference_shares_the_rest(restorer):
+@pytest.mark.parametrize("part, words", (
+    ("conv_in,mid_block", ("conv_in", "mid_block")),
+    ("modulation", ("norm", "time_emb", "controlnet_")),
+    pytest.param("lora", (".lora_",), marks=PEFT)))
+def test_a_part_trains_and_the_reference_shares_the_rest(part, words, restorer):
+    before = predict(restorer)
+    restorer.train_only(part)
     names = [name for name, _ in restorer.net.named_parameters()]
-    for part, words in (("conv_in,mid_block", ("conv_in", "mid_block")),
-                        ("modulation", ("norm", "time_emb", "controlnet_"))):
-        restorer.train_only(part)
-        assert set(restorer.trainable) == {x for x in names if any(word in x for word in words)}
-        assert 0 < len(restorer.trainable) < len(names)
+    assert set(restorer.trainable) == {x for x in names if any(word in x for word in words)}
+    assert 0 < len(restorer.trainable) < len(names)
     predict(restorer).square().mean().backward()
     networks = restorer.net, *restorer.networks
     reached = {id(x) for part in networks for x in part.parameters() if x.grad is not None}
     assert reached and reached <= {id(x) for x in restorer.weights()}
     assert not any(part.training for part in networks)
     other = restorer.frozen_copy()
-    theirs, before = dict(other.net.named_parameters()), predict(other)
+    theirs = dict(other.net.named_parameters())
     for name, parameter in restorer.net.named_parameters():
         assert (parameter is not theirs[name]) == (name in restorer.trainable)
         assert not theirs[name].requires_grad
     assert all(part is other.frozen[name] for name, part in restorer.frozen.items())
-    shake(restorer, "modulation")
+    assert torch.equal(predict(restorer), before)  # an adapter starts at zero
+    shake(restorer, part)
     assert torch.equal(predict(other), before)
     other.load_state_dict(restorer.state_dict())
     assert torch.equal(predict(other), predict(restorer))
@@ -85,23 +91,31 @@ def test_modulation_or_words_train_and_the_reference_shares_the_rest(restorer):
         restorer.train_only("conv_in,nothing")
 
 
-def test_what_a_wrapped_net_saves_loads_with_identical_outputs(restorer, tmp_path):
-    shake(restorer)
-    expected, names = predict(restorer), list(restorer.trainable)
-    restorer.net = torch.nn.Sequential(restorer.net)  # as a trainer does
-    restorer.train_only("all")
-    assert list(restorer.state_dict()) == names
+@pytest.mark.parametrize("part", ("all", pytest.param("lora", marks=PEFT)))
+def test_what_a_wrapped_net_or_an_average_saves_loads_the_same(part, restorer, tmp_path):
+    before = predict(restorer)
+    shake(restorer, part)
     restorer.defaults["steps"] = 7
+    expected, names, average = predict(restorer), list(restorer.trainable), restorer.frozen_copy()
+    assert not torch.equal(expected, before)
+    restorer.net = torch.nn.Sequential(restorer.net)  # as a trainer does
+    restorer.train_only(part)
+    assert list(restorer.state_dict()) == names
     (tmp_path / "mine/thesis").mkdir(parents=True)
     with pytest.raises(UserError, match="mine: holds something else"):
         restorer.save(tmp_path / "mine")
-    restorer.save(tmp_path / "r")
-    restorer.save(str(tmp_path / "r"))  # over another restorer
-    loaded = model.load(str(tmp_path / "r"), dtype="bfloat16")
-    wanted = restorer.to("cpu", torch.bfloat16).dtype  # float32 on a CPU for which that is slow
-    assert type(loaded) is type(restorer) and loaded.dtype == wanted
-    assert (loaded.defaults, loaded.settings) == (restorer.defaults, restorer.settings)
-    assert torch.equal(predict(loaded.to("cpu")), expected)
+    for saved in (restorer, average):  # the second over the first
+        saved.save(str(tmp_path / "r"))
+        loaded = model.load(str(tmp_path / "r"), dtype="bfloat16")
+        wanted = restorer.to("cpu", torch.bfloat16).dtype  # float32 on a CPU for which it is slow
+        assert type(loaded) is type(restorer) and loaded.dtype == wanted
+        assert (loaded.defaults, loaded.settings) == (restorer.defaults, restorer.settings)
+        assert torch.equal(predict(loaded.to("cpu")), expected)
+    loaded.train_only(part)  # goes on with the same
+    assert list(loaded.trainable) == names
+    if part == "lora":  # beside its base
+        (tmp_path / "r" / model.ADAPTER).unlink()
+        assert torch.equal(predict(model.load(str(tmp_path / "r"))), before)
 
 
 @pytest.mark.parametrize("family", [name for name in TINY if name != "pixel"])
@@ -121,12 +135,10 @@ def test_gradient_checkpointing_is_a_setting_and_changes_no_gradient(family, tmp
 
 @pytest.mark.parametrize("family, part", [
     ("ldm-sr", "all"), ("sd-controlnet", "all"), ("sd-x4-upscaler", "all"),
-    ("sd-controlnet", "lora"), ("sd-x4-upscaler", "lora")])
+    *[pytest.param(name, "lora", marks=PEFT) for name in ("sd-controlnet", "sd-x4-upscaler")]])
 @torch.no_grad()
 def test_the_stock_pipeline_runs_the_saved_folder_and_agrees(family, part, tmp_path):
     import diffusers
-    if part == "lora":
-        pytest.importorskip("peft")
     restorer = TINY[family]()
     noise = normal(restorer)
     shake(restorer, part)  # so that a ControlNet's zero layers let something pass
@@ -152,27 +164,6 @@ def test_the_stock_pipeline_runs_the_saved_folder_and_agrees(family, part, tmp_p
     z0 = rollout(restorer, condition, noise.expand(3, *noise.shape), eta=0.0).z[-1]
     image = torch.as_tensor(pipe(**options).images)
     assert torch.allclose((restorer.decode(z0, LQ) + 1) / 2, image, atol=1e-4)
-
-
-def test_lora_trains_an_adapter_that_is_saved_beside_its_base(restorer, tmp_path):
-    pytest.importorskip("peft")
-    before = predict(restorer)
-    restorer.train_only("lora")
-    assert all(".lora_" in name for name in restorer.trainable) and restorer.trainable
-    assert torch.equal(predict(restorer), before)
-    reference, average = restorer.frozen_copy(), restorer.frozen_copy()
-    shake(restorer, "lora")
-    average.load_state_dict(restorer.state_dict())
-    expected = predict(restorer)
-    assert torch.equal(predict(reference), before) and not torch.equal(expected, before)
-    assert torch.equal(predict(average), expected)
-    average.save(tmp_path / "r")
-    loaded = model.load(str(tmp_path / "r"))
-    assert torch.equal(predict(loaded), expected)
-    loaded.train_only("lora")  # goes on with the same
-    assert list(loaded.trainable) == list(restorer.trainable)
-    (tmp_path / "r" / model.ADAPTER).unlink()
-    assert torch.equal(predict(model.load(str(tmp_path / "r"))), before)  # the base alone
 
 
 def test_lora_without_peft_says_what_to_install(monkeypatch):
@@ -203,8 +194,7 @@ def test_plain_stable_diffusion_gets_a_controlnet_and_keeps_its_schedule(tmp_pat
         assert torch.equal(predict(trained), predict(whole))
 
 
-def test_the_hub_gives_what_is_needed_and_half_precision_where_there_is_nothing_else(
-        tmp_path, monkeypatch):
+def test_the_hub_gives_what_is_needed_or_else_half_precision(tmp_path, monkeypatch):
     import huggingface_hub
     shelf, whole = tmp_path / "shelf", TINY["ldm-sr"]()
 

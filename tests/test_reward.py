@@ -2,7 +2,6 @@
 
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -213,12 +212,10 @@ def test_pyiqa_metrics_compute_without_tf32(pairs, monkeypatch):
     assert seen == [True, False]  # by pyiqa's wrapper it is switched on
 
 
-def test_the_script_prints_a_table(tmp_path, pairs, monkeypatch, capsys):
-    files = [str(tmp_path / "lq.png"), str(tmp_path / "hq.png")]
+def test_the_script_prints_a_table(tmp_path, pairs, command, capsys):
+    files = tmp_path / "lq.png", tmp_path / "hq.png"
     for file, images in zip(files, pairs):
         write_image(file, images[0])
-    words = ["reward.py", files[0], "--metric", "psnr", "--ref", files[1]]
-    monkeypatch.setattr(sys, "argv", words)
-    reward.main()
+    command(reward, files[0], "--metric", "psnr", "--ref", files[1])
     score = float(capsys.readouterr().out.split()[2])
     assert score == pytest.approx(reward.psnr(*pairs)[0].item(), abs=0.1)

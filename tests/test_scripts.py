@@ -98,6 +98,17 @@ def test_an_example_runs(words, tmp_path, photo_folder):
         assert done.returncode == 0, done.stderr
 
 
+def test_pixelate_has_whole_blocks_on_any_size(gen):
+    hq = torch.rand(8, 3, 30, 22, generator=gen)
+    lq, severity = runpy.run_path(str(ROOT / "examples/new_task.py"))["pixelate"](hq, gen)
+    for x, y, side in zip(hq, lq, (2 + 2 * severity).int().tolist()):
+        for i, j in ((0, 0), (12, 8), (28, 20)):
+            block = (slice(None), slice(i, i + side), slice(j, j + side))
+            means = x[block].mean((1, 2), keepdim=True)
+            assert (y[block] - means).abs().max() < 1e-6
+    assert severity.unique().tolist() == [0, 1]
+
+
 def test_speed_times_four_ways(photo_folder):
     done = run("results/speed.py", *FAST, "--data", photo_folder)
     assert done.returncode == 0, done.stderr

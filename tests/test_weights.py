@@ -102,12 +102,10 @@ def test_an_autoencoder_learns_inside_a_restorer_that_loads(photo_folder, tmp_pa
     assert (tmp_path / "latent/config.json").exists()
 
 
-@pytest.mark.parametrize("flags, text", [({"model": "SHIPPED"}, "is no ldm-sr"),
+@pytest.mark.parametrize("flags, text", [({"model": str(model.shipped("sr"))}, "is no ldm-sr"),
                                          ({"size": 36}, "--size 36: must be a multiple of 8"),
                                          ({"lr": 1e30}, "the gradient is not finite")])
 def test_an_autoencoder_refuses_what_it_cannot_learn(flags, text, photo_folder, tmp_path):
-    if "model" in flags:
-        flags = {"model": str(model.shipped("sr"))}
     cfg = train_autoencoder.Config(data=str(photo_folder), out=str(tmp_path / "latent"), batch=2,
                                    **{"size": 32, "steps": 20} | flags)
     with pytest.raises(UserError, match=text):
