@@ -9,7 +9,7 @@ Each row of a table (results/variants.py) is rl.py with a few settings changed, 
 measured on the photographs of --split. Claims share their runs: OUT/SETTINGS/SEED is made once. A
 call that was stopped is given again: finished runs are kept, another goes on from its checkpoint.
 Of a finished run its scores are enough (of C8 metrics.csv, too): copy results/scores/claims to OUT
-for the tables of C1 to C4, C6, C7 and of C8's rows of judge, with SFT and without.
+for the tables of C1 to C4, C6, C7 and C8 (there without "w 0.5"; of weights/broad 170 to 173).
 Several processes may work in one OUT, each with --seeds of its own (a thread each, or one card);
 the call with all seeds then makes the table.
 
